@@ -1,0 +1,66 @@
+"""The contract between the core and a backend plugin, on one screen.
+
+A plugin is a distribution with an entry point in the group `awq_rt.backends` that names an object (a module will do)
+with the members of `Backend`. It receives canonical weights and returns opaque packed ones; the core never looks inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .devices import Device, Probe, Refusal
+from .weights import AwqWeight
+
+CONTRACT = (1, 0)
+"""(major, minor). A plugin is accepted when its major is ours and its minor is not above ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """What a linear asks of a backend. `dtype` is that of its input and output; `kernel` is a family name or "auto"."""
+
+    in_features: int
+    out_features: int
+    group_size: int
+    dtype: torch.dtype
+    symmetric: bool = False
+    bias: bool = False
+    kernel: str = "auto"
+    bits: Literal[4] = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A backend's own form of one weight: tensors on one device, and `layout`, a string that only the backend reads."""
+
+    layout: str
+    tensors: tuple[Tensor, ...]
+
+
+class Backend(Protocol):
+    name: str
+    version: str
+    contract: tuple[int, int]
+    priority: int  # the highest that supports a linear is chosen; 0 is the reference
+    kernels: tuple[str, ...]  # families that `kernel=` may name
+    ops: Mapping[str, Callable[..., Tensor]]  # fused operators by name; the core falls back to torch for each
+
+    def probe(self) -> Probe:
+        """The devices this backend drives here, and why not others. Never raises, creates no device context."""
+
+    def supports(self, spec: LinearSpec, device: Device) -> Refusal | None:
+        """None when `pack` and `linear` will work for `spec` on `device`, else the reason."""
+
+    def pack(self, weight: AwqWeight, spec: LinearSpec, device: torch.device) -> Packed:
+        """The weight in this backend's form, on `device`. `weight` may lie on the CPU or already on `device`."""
+
+    def unpack(self, packed: Packed) -> AwqWeight:
+        """The exact inverse of `pack`, on the packed tensors' device."""
+
+    def linear(self, x: Tensor, packed: Packed) -> Tensor:
+        """`x` [..., K] of the spec's dtype -> [..., N]. Allocates its output, uses the current stream, never waits."""

@@ -1,0 +1,192 @@
+"""Every error that awq_rt raises on purpose, one class a fault.
+
+A message names the object, what was found, what was expected and what to do. `code` is stable: scripts and
+the documentation may refer to it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class AwqRtError(Exception):
+    """Base of every error raised by awq_rt."""
+
+    code: ClassVar[str] = "AWQ-000"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} [{self.code}]"
+
+
+# --- finding a checkpoint --------------------------------------------------------------------------------------------
+
+
+class CheckpointError(AwqRtError):
+    """A checkpoint cannot be used as it is."""
+
+    code = "AWQ-CKPT-000"
+
+
+class CheckpointNotFound(CheckpointError):
+    """The path does not exist, or holds no weights."""
+
+    code = "AWQ-CKPT-001"
+
+
+class HubUnavailable(CheckpointError):
+    """A hub id could not be resolved: no network and not in the cache, no such repository, or no permission."""
+
+    code = "AWQ-CKPT-002"
+
+
+class MissingShard(CheckpointError):
+    """The index names a file that is not there."""
+
+    code = "AWQ-CKPT-003"
+
+
+class CorruptFile(CheckpointError):
+    """A file is empty, truncated, or its header cannot be right."""
+
+    code = "AWQ-CKPT-004"
+
+
+class UnsafePickle(CheckpointError):
+    """A pickle holds more than tensors in plain containers. It was refused without being executed."""
+
+    code = "AWQ-CKPT-005"
+
+
+# --- what a checkpoint holds -----------------------------------------------------------------------------------------
+
+
+class MissingTensor(CheckpointError):
+    """A tensor that the index, the layout or the model needs is absent."""
+
+    code = "AWQ-CKPT-006"
+
+
+class InvalidTensor(CheckpointError):
+    """A tensor's shape, dtype or values contradict its layout."""
+
+    code = "AWQ-CKPT-007"
+
+
+class NonFiniteScales(InvalidTensor):
+    """Scales hold NaN or infinity."""
+
+    code = "AWQ-CKPT-008"
+
+
+class ConfigMismatch(CheckpointError):
+    """The configuration says one thing and the tensors another."""
+
+    code = "AWQ-CKPT-009"
+
+
+class InvalidConfig(CheckpointError):
+    """A configuration file cannot be parsed, or holds a value of the wrong kind."""
+
+    code = "AWQ-CKPT-010"
+
+
+class UnsupportedFormat(CheckpointError):
+    """The checkpoint is quantised in a way that is not 4-bit AWQ, or the version string is unknown."""
+
+    code = "AWQ-CKPT-011"
+
+
+class NotQuantized(CheckpointError):
+    """The checkpoint holds no packed 4-bit tensors at all."""
+
+    code = "AWQ-CKPT-012"
+
+
+class ModelMismatch(CheckpointError):
+    """The checkpoint's tensors do not fit the model that config.json describes."""
+
+    code = "AWQ-CKPT-013"
+
+
+class RemoteCodeRefused(CheckpointError):
+    """The model needs Python code from its checkpoint, which runs only when asked for."""
+
+    code = "AWQ-CKPT-014"
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class WriteError(AwqRtError):
+    """A checkpoint could not be written; the destination was left as it was."""
+
+    code = "AWQ-WRITE-000"
+
+
+class DestinationExists(WriteError):
+    """The destination is already there."""
+
+    code = "AWQ-WRITE-001"
+
+
+class LayoutCannotHold(WriteError):
+    """A weight's shape or values do not fit the layout asked for."""
+
+    code = "AWQ-WRITE-002"
+
+
+class UnknownLayout(WriteError):
+    """No layout of that name can be written."""
+
+    code = "AWQ-WRITE-003"
+
+
+# --- devices and backends --------------------------------------------------------------------------------------------
+
+
+class UnsupportedDevice(AwqRtError):
+    """The device does not exist, or this build of torch cannot use it."""
+
+    code = "AWQ-DEVICE-001"
+
+
+class BackendError(AwqRtError):
+    """A backend plugin failed."""
+
+    code = "AWQ-BACKEND-000"
+
+
+class UnknownBackend(BackendError):
+    """No backend of that name is installed."""
+
+    code = "AWQ-BACKEND-001"
+
+
+class UnknownKernel(BackendError):
+    """No usable backend has a kernel family of that name."""
+
+    code = "AWQ-BACKEND-002"
+
+
+class BackendQuarantined(BackendError):
+    """The backend asked for is installed but was quarantined."""
+
+    code = "AWQ-BACKEND-003"
+
+
+class NoBackend(BackendError):
+    """Every backend refused this linear on this device."""
+
+    code = "AWQ-BACKEND-004"
+
+
+class InvalidInput(AwqRtError, ValueError):
+    """A tensor handed to a linear has the wrong shape, dtype or device."""
+
+    code = "AWQ-INPUT-001"
+
+
+class InvalidWeight(AwqRtError, ValueError):
+    """The parts of an `AwqWeight` contradict each other."""
+
+    code = "AWQ-INPUT-002"

@@ -1,0 +1,170 @@
+"""A plugin's first import and self-test, in a process of its own and under a time limit.
+
+A plugin that raises, hangs, takes its process down or computes wrong numbers is then a `Refusal`, not a crash of the
+user's program. A pass is remembered per plugin files, torch, Python and GPU driver; a failure is tried again each time,
+because what mends it may lie outside the plugin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import cache, devices
+from .devices import Refusal
+from .errors import BackendError
+
+TIME_LIMIT_S = 120
+MARK = "awq_rt worker answers: "
+"""Starts a line that is an answer, so that whatever a plugin prints on import does not matter."""
+
+
+def examine(name: str, version: str) -> Refusal | None:
+    """None when the plugin `name` loads, keeps the contract and computes rightly on every device it finds."""
+    remembered = cache.cache_dir() / "plugins" / f"{_fingerprint(name, version)}.json"
+    if cache.read_json(remembered) == "passed":
+        return None
+    refusal = _examine_elsewhere(name)
+    if refusal is None:
+        cache.write_json(remembered, "passed")
+    return refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a worker answered before it ended, how it ended ("" for as it should), and the last line it complained."""
+
+    answers: tuple[Any, ...]
+    ending: str
+    complaint: str
+    timed_out: bool = False
+
+
+def ask(module: str, *arguments: str, limit_s: float) -> Outcome:
+    """Run `main()` of `module` in a fresh interpreter that looks for modules exactly where this one does.
+
+    The module answers by calling `answer`, as often as it likes; what else it prints does not matter.
+    """
+    code = f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); from {module} import main; main()"
+    command = [sys.executable, "-c", code, os.pathsep.join(map(str, sys.path)), *arguments]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,  # what is piped into the user's program is not the worker's
+            capture_output=True,
+            timeout=limit_s,
+            check=False,
+        )
+    except OSError as error:
+        return Outcome((), f"could not be started ({error})", "")
+    except subprocess.TimeoutExpired as error:
+        return Outcome(_answers(error.stdout), f"did not end in {limit_s:g} s", _last_line(error.stderr), True)
+    return Outcome(_answers(done.stdout), _ending(done.returncode), _last_line(done.stderr))
+
+
+def answer(value: object) -> None:
+    """Called in a worker: hand `value` to the process that asked. It must be JSON."""
+    print("\n" + MARK + json.dumps(value), flush=True)
+
+
+def _answers(stdout: bytes | None) -> tuple[Any, ...]:
+    lines = (stdout or b"").decode(errors="replace").splitlines()
+    return tuple(json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK))
+
+
+def _last_line(stderr: bytes | None) -> str:
+    return ((stderr or b"").decode(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+
+
+def _ending(returncode: int) -> str:
+    if returncode >= 0:
+        return f"ended with exit status {returncode}" if returncode else ""
+    try:
+        return f"was killed by {signal.Signals(-returncode).name}"
+    except ValueError:  # a real-time signal has no name
+        return f"was killed by signal {-returncode}"
+
+
+def _examine_elsewhere(name: str) -> Refusal | None:
+    outcome = ask(__name__, name, limit_s=_time_limit_s())
+    fix = f"uninstall or update {name}"
+    if outcome.answers:
+        verdict = outcome.answers[-1]
+        return None if verdict is None else Refusal(**verdict)
+    if outcome.timed_out:
+        return Refusal("AWQ-BACKEND-011", f"its self-test {outcome.ending}", fix)
+    ending = outcome.ending or "ended"
+    return Refusal("AWQ-BACKEND-012", f"its process {ending} during the self-test: {outcome.complaint}", fix)
+
+
+def _time_limit_s() -> float:
+    chosen = os.environ.get("AWQ_RT_EXAMINATION_TIMEOUT")
+    try:
+        return float(chosen) if chosen else TIME_LIMIT_S
+    except ValueError:
+        raise BackendError(f"AWQ_RT_EXAMINATION_TIMEOUT is {chosen!r}; a number of seconds is expected") from None
+
+
+def _fingerprint(name: str, version: str) -> str:
+    parts = [
+        name,
+        version,
+        sys.version,
+        sys.prefix,
+        _version("torch"),
+        _version("awq-rt"),
+        devices.driver_fingerprint(),
+    ]
+    for entry in importlib.metadata.entry_points(group="awq_rt.backends", name=name):
+        spec = importlib.util.find_spec(entry.value.split(":")[0].split(".")[0])
+        if spec is None:
+            continue
+        files = [Path(spec.origin)] if spec.origin else []
+        for folder in spec.submodule_search_locations or ():
+            files += sorted(Path(folder).rglob("*"))
+        stats = [(path, path.stat()) for path in files if path.is_file() and "__pycache__" not in path.parts]
+        parts += [f"{path}:{stat.st_mtime_ns}:{stat.st_size}" for path, stat in stats]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _examine_here(name: str) -> Refusal | None:
+    """What the worker does: import, verify, probe, and compare a few linears with float64."""
+    from .registry import contract_refusal
+    from .testing.conformance import self_test
+
+    (entry,) = importlib.metadata.entry_points(group="awq_rt.backends", name=name)
+    backend = entry.load()
+    refusal = contract_refusal(backend, name)
+    if refusal is not None:
+        return refusal
+    failure = self_test(backend)
+    if failure is None:
+        return None
+    return Refusal("AWQ-BACKEND-013", f"its self-test failed: {failure}", f"update or uninstall {name}")
+
+
+def main() -> None:
+    """The worker's side: answers null for a pass, or a refusal."""
+    name = sys.argv[1]
+    try:
+        refusal = _examine_here(name)
+    except Exception as error:  # whatever a plugin raises becomes its reason
+        reason = f"loading it raised {type(error).__name__}: {error}"
+        refusal = Refusal("AWQ-BACKEND-010", reason, f"update or uninstall {name}")
+    answer(None if refusal is None else asdict(refusal))

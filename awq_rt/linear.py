@@ -1,0 +1,146 @@
+"""The quantised linear: one `torch.library` op with a fake kernel, and the module that holds a packed weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import registry
+from .backend import LinearSpec, Packed
+from .errors import InvalidInput
+from .weights import AwqWeight
+
+
+@torch.library.custom_op("awq_rt::linear", mutates_args=())
+def linear_op(x: Tensor, tensors: Sequence[Tensor], backend: str, layout: str, out_features: int) -> Tensor:
+    """`x` [..., K] -> [..., N] through the named backend; `tensors` and `layout` are the parts of its `Packed`."""
+    return registry.get(backend).linear(x, Packed(layout, tuple(tensors)))
+
+
+@linear_op.register_fake
+def _(x: Tensor, tensors: Sequence[Tensor], backend: str, layout: str, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.custom_op("awq_rt::linear_grad", mutates_args=())
+def linear_grad_op(grad: Tensor, tensors: Sequence[Tensor], backend: str, layout: str, in_features: int) -> Tensor:
+    """The gradient with respect to x: `grad` [..., N] @ W.T -> [..., K]. The weight itself has no gradient."""
+    weight = registry.get(backend).unpack(Packed(layout, tuple(tensors)))
+    return grad @ weight.dequantize().to(grad.dtype).T
+
+
+@linear_grad_op.register_fake
+def _(grad: Tensor, tensors: Sequence[Tensor], backend: str, layout: str, in_features: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, tensors, ctx.backend, ctx.layout, _ = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    grad_x = linear_grad_op(grad, list(ctx.saved_tensors), ctx.backend, ctx.layout, ctx.in_features)
+    return grad_x, [None] * len(ctx.saved_tensors), None, None, None
+
+
+linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class AwqLinear(nn.Module):
+    """A linear whose weight is 4-bit: `y = x @ W + bias`, computed by the backend that `bind` selected.
+
+    Built empty, then filled by `bind`. Until then a buffer of the packed weight's size stands in for it, so that device
+    maps see how large the layer will be. The packed tensors are the backend's own: they are not in the state dict, and
+    `.to(dtype)` never casts them (`weight_canonical()` gives the canonical weight).
+    """
+
+    def __init__(self, in_features: int, out_features: int, group_size: int, device: torch.device | str = "meta"):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        self.backend_name = ""
+        self.layout = ""
+        self.spec: LinearSpec | None = None
+        self.pinned_backend: str | None = None
+        packed_bytes = out_features * (in_features // 2 + 3 * (in_features // group_size))
+        self.register_buffer("packed_0", torch.empty(packed_bytes, dtype=torch.uint8, device=device), persistent=False)
+        self._packed_count = 1
+
+    def bind(
+        self,
+        weight: AwqWeight,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        *,
+        backend: str | None = None,
+        kernel: str = "auto",
+    ) -> registry.Choice:
+        """Pack `weight` for activations of `dtype` on `device` and keep it; returns the choice of backend."""
+        target = torch.device(device) if device is not None else self._packed_device
+        spec = LinearSpec(
+            weight.in_features,
+            weight.out_features,
+            weight.group_size,
+            dtype,
+            weight.symmetric,
+            weight.bias is not None,
+            kernel,
+        )
+        choice = registry.select(spec, registry.device_for(target), backend)
+        packed = choice.backend.pack(weight, spec, target)
+        for index in range(self._packed_count):
+            delattr(self, f"packed_{index}")
+        for index, tensor in enumerate(packed.tensors):
+            self.register_buffer(f"packed_{index}", tensor, persistent=False)
+        self._packed_count = len(packed.tensors)
+        self.backend_name, self.layout, self.spec = choice.backend.name, packed.layout, spec
+        self.pinned_backend = backend
+        return choice
+
+    @property
+    def packed(self) -> Packed:
+        return Packed(self.layout, tuple(getattr(self, f"packed_{i}") for i in range(self._packed_count)))
+
+    @property
+    def _packed_device(self) -> torch.device:
+        return self.get_buffer("packed_0").device
+
+    def weight_canonical(self) -> AwqWeight:
+        """The canonical weight, unpacked again; exact."""
+        return registry.get(self.backend_name).unpack(self.packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise InvalidInput(f"{self!r}: the input has {x.shape[-1]} features; {self.in_features} are expected")
+        if self.spec is None:
+            raise InvalidInput(f"{self!r} holds no weight yet; call bind first")
+        if x.dtype != self.spec.dtype:
+            raise InvalidInput(
+                f"{self!r}: the input is {x.dtype}; {self.spec.dtype} is expected, "
+                "chosen when the model was loaded (dtype=)"
+            )
+        tensors = [getattr(self, f"packed_{i}") for i in range(self._packed_count)]
+        y: Tensor = linear_op(x, tensors, self.backend_name, self.layout, self.out_features)
+        return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AwqLinear:
+        """Follow the model to another device or dtype by packing anew; packed tensors are never cast."""
+        if self.spec is None:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        probe = fn(torch.empty(0, dtype=self.spec.dtype, device=self._packed_device))
+        if probe.device != self._packed_device or probe.dtype != self.spec.dtype:
+            weight = self.weight_canonical()
+            self.bind(weight, probe.dtype, probe.device, backend=self.pinned_backend, kernel=self.spec.kernel)
+        return self
+
+    def extra_repr(self) -> str:
+        served = self.backend_name or "not loaded"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}, {served}"
+        )

@@ -1,0 +1,57 @@
+"""How far a right kernel may be from the exact result, element by element.
+
+Three independent sources of error, u being the unit roundoff of the activations' dtype:
+
+- the result is rounded once to that dtype: `u * |reference|`;
+- each dequantised weight is rounded once to it: K products with a relative error of at most u each, a random walk of
+  standard deviation below `u * sqrt((x*x) @ (w*w))`;
+- float32 accumulation: a kernel may sum codes and zero points apart, `scale * (x @ codes - zero * sum(x))`, so a
+  partial sum inside a group reaches `15 * scale * sum(|x|)`, whatever the weight is. G additions in a group and K/G
+  between the groups each round by 2**-24 of that.
+
+Six standard deviations are allowed of the last two. A zero point wrong by one moves the result by `scale * sum(x)` over
+its group, and one swapped nibble by a whole code: both far outside (the counter-tests are in tests/test_tolerance.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..weights import AwqWeight
+
+UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+STANDARD_DEVIATIONS = 6.0
+
+
+def reference(x: Tensor, weight: AwqWeight) -> Tensor:
+    """`x` [..., K] times the canonical weight plus bias, float64 [..., N]."""
+    y = x.double() @ weight.dequantize(torch.float64)
+    return y if weight.bias is None else y + weight.bias.double()
+
+
+def bound(x: Tensor, weight: AwqWeight, factor: float = STANDARD_DEVIATIONS) -> Tensor:
+    """The largest allowed |y - reference|, float64 [..., N], for activations `x` [..., K] of the kernel's dtype.
+
+    A kernel that rounds more often than once a weight (fp16 partial sums, say) declares a larger `factor`.
+    """
+    u = UNIT_ROUNDOFF[x.dtype]
+    x64, w64 = x.double(), weight.dequantize(torch.float64)
+    rounding = u * ((x64 * x64) @ (w64 * w64)).sqrt()
+
+    groups, group_size = weight.scales.shape[0], weight.group_size
+    group_sums = x64.abs().reshape(*x.shape[:-1], groups, group_size).sum(-1)  # [..., K/G]
+    partial = ((group_sums * group_sums) @ (15 * weight.scales.double()).square()).sqrt()
+    accumulation = 2.0**-24 * (group_size**0.5 + groups**0.5) * partial
+    limit: Tensor = u * reference(x, weight).abs() + factor * (rounding + accumulation)
+    return limit
+
+
+def excess(y: Tensor, x: Tensor, weight: AwqWeight, factor: float = STANDARD_DEVIATIONS) -> float:
+    """The largest error over its bound: at most 1 for a right kernel, infinite where `y` is not finite."""
+    if y.numel() == 0:
+        return 0.0
+    error = (y.double() - reference(x, weight)).abs()
+    # A bound of 0 (no input, or no scale) is met by an exact 0 only: the smallest double stands in for it.
+    ratio = error / bound(x, weight, factor).clamp_min(torch.finfo(torch.float64).tiny)
+    return float(torch.nan_to_num(ratio, nan=torch.inf, posinf=torch.inf).max())
