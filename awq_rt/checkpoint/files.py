@@ -1,0 +1,131 @@
+"""From a path or a hub id to a local folder and the files in it that hold tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointNotFound, CorruptFile, HubUnavailable, InvalidConfig, MissingShard
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors", "*.pt", "*.bin")
+"""In order of preference where there is no index: the first pattern that matches is used."""
+
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
+"""What a model needs beside its weights: configuration, tokenizer, chat template, code."""
+
+NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state|consolidated).*")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFiles:
+    """A checkpoint on this machine. `index` maps tensors to file names where an index says so, else None."""
+
+    root: Path
+    weights: tuple[Path, ...]
+    index: dict[str, str] | None
+
+
+def locate(id_or_path: str | Path, *, revision: str | None = None, token: str | None = None) -> CheckpointFiles:
+    """The checkpoint's files, fetched from the hub if `id_or_path` is no path here.
+
+    Raises `CheckpointNotFound`, `HubUnavailable`, `MissingShard`, `InvalidConfig` or `CorruptFile`.
+    """
+    path = Path(id_or_path).expanduser()
+    if path.is_file():
+        return CheckpointFiles(path.parent, (path,), None)
+    if path.is_dir():
+        return _in_folder(path)
+    name = str(id_or_path)
+    if HUB_ID.fullmatch(name) and not name.endswith((".pt", ".bin", ".safetensors")):
+        return _in_folder(_fetch(name, revision, token))
+    raise CheckpointNotFound(f"{name} is not a file or folder here, and not a hub id (like 'owner/model')")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises `InvalidConfig`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidConfig(f"{path} cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise InvalidConfig(f"{path} holds a {type(value).__name__}; an object is expected")
+    return value
+
+
+def _in_folder(root: Path) -> CheckpointFiles:
+    for index_name in INDEXES:
+        if (root / index_name).is_file():
+            return _from_index(root, index_name)
+    for pattern in WEIGHTS:
+        weights = [path for path in sorted(root.glob(pattern)) if not NOT_WEIGHTS.fullmatch(path.name)]
+        if weights:
+            return CheckpointFiles(root, tuple(weights), None)
+    raise CheckpointNotFound(
+        f"{root} holds no weights; expected one of {', '.join((*INDEXES, *WEIGHTS))}; "
+        f"found {', '.join(sorted(path.name for path in root.iterdir())[:12]) or 'nothing'}"
+    )
+
+
+def _from_index(root: Path, index_name: str) -> CheckpointFiles:
+    weight_map = read_json(root / index_name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InvalidConfig(f"{root / index_name} has no weight_map; download it again")
+    for tensor, file_name in weight_map.items():
+        # A plain file name only: an index must not lead out of its folder.
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in (".", ".."):
+            raise InvalidConfig(f"{root / index_name} places {tensor} in {file_name!r}; a file name is expected")
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise MissingShard(
+            f"{root / index_name} names {len(names)} files, of which {len(missing)} are missing: "
+            f"{', '.join(missing[:5])}; download them again"
+        )
+    return CheckpointFiles(root, tuple(root / name for name in names), weight_map)
+
+
+def _fetch(repository: str, revision: str | None, token: str | None) -> Path:
+    """The repository's snapshot in huggingface_hub's cache, with the files that are needed and no others."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=patterns))
+
+    try:
+        root = fetch(list(SMALL_FILES))
+        for index_name in INDEXES:
+            if (root / index_name).is_file():
+                weight_map = read_json(root / index_name).get("weight_map")
+                return fetch(
+                    sorted({str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else [])
+                )
+        for pattern in WEIGHTS:
+            root = fetch([pattern])
+            if any(root.glob(pattern)):
+                break
+    except GatedRepoError as error:
+        raise HubUnavailable(f"{repository} needs permission: ask for it on its page, then pass token=") from error
+    except RepositoryNotFoundError as error:
+        raise HubUnavailable(f"the hub has no repository {repository!r} that this token may see") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise HubUnavailable(
+            f"{repository}{at} is not a folder here, not in the hub's cache, and could not be fetched: {reason}; "
+            "check the name and the network (HF_HUB_OFFLINE=1 allows the cache only)"
+        ) from error
+    return root
+
+
+def check_not_empty(path: Path) -> int:
+    """The file's size in bytes. Raises `CorruptFile` when it is 0: an interrupted download."""
+    size = path.stat().st_size
+    if size == 0:
+        raise CorruptFile(f"{path} is empty; download it again")
+    return size

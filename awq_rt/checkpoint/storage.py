@@ -1,0 +1,138 @@
+"""Tensors in a safetensors file or a pickle, opened lazily and checked before anything is allocated.
+
+safetensors' own reader checks every offset against the file; torch's `weights_only` unpickler builds tensors in plain
+containers and nothing else. Neither is ever bypassed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CorruptFile, UnsafePickle, UnsupportedFormat
+from ..formats import TensorInfo
+from .files import check_not_empty
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
+
+REMAP_BYTES = 64 << 20
+"""A mapping is dropped after this much was copied out of it, so that its pages do not add up beside the copies."""
+
+
+def open_file(path: Path) -> SafetensorsFile | PickleFile:
+    """The file's tensors. Raises `CorruptFile`, `UnsafePickle` or `UnsupportedFormat`."""
+    size = check_not_empty(path)
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path, size)
+
+
+class SafetensorsFile:
+    """A memory-mapped safetensors file. `tensors` are its headers; `read` copies, `view` shares the file's pages."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._copied = 0
+        self._file = self._open()
+        self.tensors = {name: self._info(name) for name in self._file.keys()}  # noqa: SIM118 (not a mapping)
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name).clone()
+        self._copied += tensor.nbytes
+        if self._copied >= REMAP_BYTES:
+            self._copied = 0
+            self._file = self._open()
+        return tensor
+
+    def view(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def _open(self) -> Any:
+        try:
+            return safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CorruptFile(f"{self.path} is no whole safetensors file ({error}); download it again") from error
+
+    def _info(self, name: str) -> TensorInfo:
+        header = self._file.get_slice(name)
+        dtype = header.get_dtype()
+        if dtype not in DTYPES:
+            raise UnsupportedFormat(f"{self.path}: {name} has dtype {dtype}, which awq_rt does not read")
+        shape = tuple(header.get_shape())
+        values = None
+        if name.endswith(".weight_shape") and shape == (2,):
+            values = tuple(int(value) for value in self._file.get_tensor(name))
+        return TensorInfo(name, shape, DTYPES[dtype], values)
+
+
+class PickleFile:
+    """A state dict written by `torch.save`: llm-awq's `.pt`, or an older `pytorch_model.bin`."""
+
+    def __init__(self, path: Path, size: int):
+        self.path = path
+        self._state = _plain_tensors(path, _load(path, size))
+        self.tensors = {
+            name: TensorInfo(
+                name,
+                tuple(tensor.shape),
+                tensor.dtype,
+                tuple(tensor.tolist()) if name.endswith(".weight_shape") and tensor.shape == (2,) else None,
+            )
+            for name, tensor in self._state.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        return self._state[name].clone()
+
+    def view(self, name: str) -> Tensor:
+        return self._state[name]
+
+
+def _load(path: Path, size: int) -> object:
+    """The unpickled object: mapped where the file is a zip archive, as torch has written them since 1.6."""
+    archive = zipfile.is_zipfile(path)
+    if archive:
+        with zipfile.ZipFile(path) as entries:
+            # torch stores its entries uncompressed; anything else could unpack to more than the file holds.
+            claimed = sum(entry.file_size for entry in entries.infolist())
+            if claimed > size:
+                raise CorruptFile(f"{path} has {size} bytes but unpacks to {claimed}; torch.save writes no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsafePickle(
+            f"{path} is not a plain state dict, and was not executed ({reason}); "
+            "ask its author for safetensors, or for torch.save(model.state_dict())"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise CorruptFile(f"{path} cannot be read as a torch file ({error}); download it again") from error
+
+
+def _plain_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
+    """The mapping of names to tensors in `loaded`, perhaps under "state_dict"."""
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if isinstance(loaded, dict) and loaded.keys() >= {"scale", "clip"}:
+        raise UnsupportedFormat(
+            f"{path} holds the results of llm-awq's search (its awq_cache), not weights; "
+            "the weights are in quant_cache, written with --dump_quant"
+        )
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
+    ):
+        raise UnsafePickle(f"{path} holds a {type(loaded).__name__}; a mapping from names to tensors is expected")
+    return loaded
+
+
+TensorFile = SafetensorsFile | PickleFile

@@ -1,0 +1,123 @@
+"""A folder of safetensors shards with its index and configuration, which appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import DestinationExists, WriteError
+from .files import INDEXES, SMALL_FILES
+
+MAX_SHARD_BYTES = 2 << 30
+"""A shard is held in memory while it is written."""
+
+REWRITTEN = ("config.json", "quant_config.json", "quantize_config.json", *INDEXES)
+
+
+def write_checkpoint(
+    destination: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    config: Mapping[str, Any],
+    *,
+    beside: Path | None = None,
+    force: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write `tensors` as shards, `config` as config.json, and copies of the small files (tokenizer) in `beside`.
+
+    Raises `DestinationExists` (unless `force`), or `WriteError`; the destination is then as it was.
+    """
+    with _appearing(destination, force) as folder:
+        _write_shards(folder, tensors, max_shard_bytes)
+        (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+        for source in _small_files(beside):
+            shutil.copyfile(source, folder / source.name)
+
+
+def _small_files(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        for pattern in SMALL_FILES:
+            yield from (path for path in sorted(folder.glob(pattern)) if path.name not in REWRITTEN and path.is_file())
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    pending_bytes = total_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes
+        if pending:
+            save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+            shards.append(list(pending))
+            pending, pending_bytes = {}, 0
+
+    for name, tensor in tensors:
+        if pending_bytes + tensor.nbytes > max_shard_bytes:
+            flush()
+        pending[name] = tensor.contiguous()
+        pending_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    flush()
+
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file_name)
+        weight_map.update(dict.fromkeys(names, file_name))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEXES[0]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _appearing(destination: Path, force: bool) -> Iterator[Path]:
+    """A folder that takes the name `destination` when the block ends well, and vanishes when it does not."""
+    if destination.exists() and not force:
+        raise DestinationExists(f"{destination} exists; choose another name, or force")
+    folder: Path | None = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        _swap(folder, destination)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"{destination} could not be written ({error}); it is as it was") from error
+    finally:
+        if folder is not None and folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swap(folder: Path, destination: Path) -> None:
+    """Put `folder` where `destination` is. The old one is kept until the new one has its name."""
+    if not destination.exists():
+        os.rename(folder, destination)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    os.rename(destination, old / "old")
+    try:
+        os.rename(folder, destination)
+    except OSError:
+        os.rename(old / "old", destination)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
