@@ -1,0 +1,161 @@
+"""Which of a checkpoint's tensors belong to which of a model's modules.
+
+transformers renames tensors while it loads (vision-language prefixes, Mixtral's blocks) and fuses some (a mixture's
+experts). The same rules are asked here, with the name that the dense weight would have had.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint import Checkpoint
+from ..errors import MissingTensor, ModelMismatch
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+EXPERT_NUMBER = re.compile(r"\.(\d+)\.(?!.*\.\d+\.)")
+"""The last number in a name: `model.layers.3.mlp.experts.17.up_proj.weight` is of expert 17."""
+
+
+@dataclass(slots=True)
+class Experts:
+    """Checkpoint names of one experts module: `gate_up[e]` is (gate, up) or a name already fused, `down[e]` a name."""
+
+    gate_up: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    down: dict[int, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Placement:
+    """Where everything goes.
+
+    `linears`: module -> checkpoint name. `experts`: module -> names. `dense`: names packed in the checkpoint where the
+    model has a plain matrix (a router), to be dequantised. `activations`: module -> name of its scales.
+    """
+
+    linears: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, Experts] = field(default_factory=dict)
+    dense: list[str] = field(default_factory=list)
+    activations: dict[str, str] = field(default_factory=dict)
+
+
+def place(model: Any, checkpoint: Checkpoint) -> Placement:
+    """The place of every packed linear in `model`, a transformers model on the meta device.
+
+    Raises `ModelMismatch` when the model has no such module or one of another size, `MissingTensor` for a lost bias.
+    """
+    rename = _Renaming(model)
+    placement = Placement()
+    parts: dict[str, dict[str, dict[int, dict[int, str]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    for name in checkpoint.linears:
+        target, converter, part = rename(f"{name}.weight")
+        if converter is not None:
+            owner, _, parameter = target.rpartition(".")
+            _check_fusion(name, target, converter)
+            number = EXPERT_NUMBER.search(f"{name}.weight")
+            if parameter not in (GATE_UP, DOWN) or number is None:
+                raise NotImplementedError(
+                    f"transformers fuses {name} into {target}; awq_rt knows fusions into {GATE_UP} and {DOWN} only"
+                )
+            parts[owner][parameter][int(number[1])][part] = name
+        elif isinstance(module := rename.module(target.removesuffix(".weight")), nn.Linear):
+            _check_linear(name, target, module, checkpoint)
+            placement.linears[target.removesuffix(".weight")] = name
+        elif target in rename.targets:
+            _check_matrix(name, target, rename.targets[target].shape, checkpoint)
+            placement.dense.append(name)
+        else:
+            raise ModelMismatch(
+                f"{name} is packed in {checkpoint.root}, but {type(model).__name__} has no {target}; "
+                "config.json describes another model"
+            )
+    for module_name, parameters in parts.items():
+        placement.experts[module_name] = _experts(module_name, rename.module(module_name), parameters, checkpoint)
+    for name in checkpoint.dense:
+        if name.endswith(".scales"):
+            path = rename(name)[0].removesuffix(".scales")
+            if (activation := rename.module(path)) is not None and not list(activation.parameters()):
+                placement.activations[path] = name
+    return placement
+
+
+class _Renaming:
+    """transformers' own rules for one model, asked a name at a time."""
+
+    def __init__(self, model: Any):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        rules = get_model_conversion_mapping(model)
+        self.targets = model.state_dict()
+        self._modules = dict(model.named_modules())
+        self._prefix = model.base_model_prefix
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def __call__(self, name: str) -> tuple[str, Any, int]:
+        """(the model's name for it, the converter that fuses it or None, its number among the converter's sources)."""
+        from transformers.core_model_loading import rename_source_key
+
+        target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self.targets)
+        if target not in self.targets and name in self.targets:
+            target, pattern = rename_source_key(name, [], [], self._prefix, self.targets)
+        for converter in self._converters if pattern is not None else ():
+            if pattern in converter.source_patterns:
+                return target, converter, converter.source_patterns.index(pattern)
+        return target, None, 0
+
+    def module(self, path: str) -> nn.Module | None:
+        return self._modules.get(path)
+
+
+def _check_fusion(name: str, target: str, converter: Any) -> None:
+    """Only stacking experts and setting gate beside up can be done with packed weights as they are."""
+    operations = [type(operation).__name__ for operation in converter.operations]
+    if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+        raise NotImplementedError(
+            f"transformers turns {name} into {target} by {', '.join(operations)}, which awq_rt cannot do in 4 bits"
+        )
+
+
+def _check_linear(name: str, target: str, module: nn.Linear, checkpoint: Checkpoint) -> None:
+    linear = checkpoint.linears[name]
+    if (linear.in_features, linear.out_features) != (module.in_features, module.out_features):
+        raise ModelMismatch(
+            f"{name} is {linear.in_features} -> {linear.out_features}, but config.json makes {target} "
+            f"{module.in_features} -> {module.out_features}"
+        )
+    if module.bias is not None and not linear.bias:
+        raise MissingTensor(f"{name}.bias is not in {checkpoint.root}, but the model's {target} has a bias")
+
+
+def _check_matrix(name: str, target: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> None:
+    linear = checkpoint.linears[name]
+    if tuple(shape) != (linear.out_features, linear.in_features):
+        raise ModelMismatch(
+            f"{name} is {linear.in_features} -> {linear.out_features}, but config.json makes {target} {list(shape)}"
+        )
+
+
+def _experts(
+    name: str, module: nn.Module | None, parameters: dict[str, dict[int, dict[int, str]]], checkpoint: Checkpoint
+) -> Experts:
+    """The experts of one module, every one complete and of the module's size."""
+    found = Experts()
+    for parameter, chosen in ((GATE_UP, found.gate_up), (DOWN, found.down)):
+        shape = tuple(getattr(module, parameter).shape)  # [E, out, in]
+        for expert in range(shape[0]):
+            sources = parameters.get(parameter, {}).get(expert, {})
+            names = tuple(sources[part] for part in sorted(sources))
+            out_features = sum(checkpoint.linears[n].out_features for n in names)
+            if out_features != shape[1] or any(checkpoint.linears[n].in_features != shape[2] for n in names):
+                raise ModelMismatch(
+                    f"expert {expert} of {name}.{parameter} is {shape[2]} -> {shape[1]} in config.json; "
+                    f"the checkpoint has {', '.join(names) or 'nothing'} for it"
+                )
+            chosen[expert] = names
+    return found
