@@ -58,6 +58,8 @@ class AwqLinear(nn.Module):
     `.to(dtype)` never casts them (`weight_canonical()` gives the canonical weight).
     """
 
+    packed_0: Tensor
+
     def __init__(self, in_features: int, out_features: int, group_size: int, device: torch.device | str = "meta"):
         super().__init__()
         self.in_features = in_features
@@ -114,9 +116,16 @@ class AwqLinear(nn.Module):
         """The canonical weight, unpacked again; exact."""
         return registry.get(self.backend_name).unpack(self.packed)
 
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor: some model code asks a linear's weight for its dtype and device, or initialises it."""
+        empty = torch.empty(0, dtype=self.spec.dtype if self.spec else None, device=self.packed_0.device)
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers then leaves it alone
+        return empty
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
-            raise InvalidInput(f"{self!r}: the input has {x.shape[-1]} features; {self.in_features} are expected")
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise InvalidInput(f"{self!r}: the input has shape {list(x.shape)}; [..., {self.in_features}] is expected")
         if self.spec is None:
             raise InvalidInput(f"{self!r} holds no weight yet; call bind first")
         if x.dtype != self.spec.dtype:

@@ -92,7 +92,8 @@ def _appearing(destination: Path, force: bool) -> Iterator[Path]:
         destination.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
         yield folder
-        folder.chmod(0o777 & ~_umask())
+        for path, mode in ((folder, 0o777), *((file, 0o666) for file in folder.iterdir())):
+            path.chmod(mode & ~_umask())  # temporary files are made private
         _swap(folder, destination)
     except (OSError, SafetensorError) as error:
         raise WriteError(f"{destination} could not be written ({error}); it is as it was") from error

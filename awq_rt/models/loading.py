@@ -156,7 +156,7 @@ def _dtype(dtype: str | torch.dtype | None, checkpoint: Checkpoint, device_map: 
 
 
 def _is_cpu(device: Any) -> bool:
-    return not isinstance(device, int) and torch.device(device).type == "cpu"
+    return str(device) in ("cpu", "cpu:0", "disk")
 
 
 def _tokenizer(root: Path, trust_remote_code: bool) -> Any:
