@@ -1,0 +1,63 @@
+# `make demo` and `make test` set everything up on a fresh machine with python3 and make. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  := demo/smollm2-135m-awq
+PROMPT ?= Name three things that make a bicycle stable, in one sentence.
+
+# The transformers releases that `make test-transformers` runs the model tests on, beside the newest in `make test`.
+TRANSFORMERS ?= 5.16.0 5.17.0
+
+.PHONY: help demo test lint test-wheels test-transformers bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
+
+demo: $(VENV)/.runtime $(MODEL)  ## quantise a small real model and let it answer
+	$(BIN)/awq-rt doctor || true
+	$(BIN)/awq-rt generate $(MODEL) "$(PROMPT)" --max-new-tokens 120
+
+test: $(VENV)/.development lint  ## lint, types, every test that needs no GPU
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-wheels: $(VENV)/.development  ## build every distribution and use the wheels in a clean environment
+	$(BIN)/python tools/test_wheels.py
+
+test-transformers: $(VENV)/.development  ## the model tests on the older supported transformers
+	for version in $(TRANSFORMERS); do \
+	  rm -rf $(VENV)-transformers; \
+	  $(PYTHON) -m venv $(VENV)-transformers; \
+	  echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	    > $$($(VENV)-transformers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth; \
+	  $(VENV)-transformers/bin/python -m pip install --quiet --no-deps transformers==$$version; \
+	  $(VENV)-transformers/bin/python -m pytest -q tests/test_models.py || exit 1; \
+	done
+
+bench: $(VENV)/.development  ## the figures of benchmarks/ that need no GPU
+	$(BIN)/python tools/bench_reference.py
+	$(BIN)/python tools/bench_load.py
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) $(VENV)-transformers demo dist build
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV) || { \
+	  echo "python3 -m venv failed: on Debian it is the package python3-venv"; \
+	  test "$$(id -u)" = 0 && apt-get update -q && apt-get install -qy python3-venv && $(PYTHON) -m venv --clear $(VENV); }
+
+$(VENV)/.runtime: $(VENV)/bin/pip pyproject.toml backends/reference/pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e backends/reference -e '.[gguf]'
+	touch $@
+
+$(VENV)/.development: $(VENV)/bin/pip pyproject.toml backends/reference/pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e backends/reference -e '.[dev]'
+	touch $@ $(VENV)/.runtime
+
+$(MODEL): $(VENV)/.runtime
+	$(BIN)/python tools/demo_model.py $(MODEL)
