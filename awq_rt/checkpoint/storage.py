@@ -7,6 +7,8 @@ containers and nothing else. Neither is ever bypassed.
 from __future__ import annotations
 
 import pickle
+import re
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,12 @@ DTYPES = {
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
 
+UNREADABLE = (
+    OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
+    struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+"""What zipfile and torch.load raise for a file that is cut or mutated."""
+
 REMAP_BYTES = 64 << 20
 """A mapping is dropped after this much was copied out of it, so that its pages do not add up beside the copies."""
 
@@ -33,6 +41,8 @@ REMAP_BYTES = 64 << 20
 def open_file(path: Path) -> SafetensorsFile | PickleFile:
     """The file's tensors. Raises `CorruptFile`, `UnsafePickle` or `UnsupportedFormat`."""
     size = check_not_empty(path)
+    if path.suffix == ".gguf":
+        raise UnsupportedFormat(f"{path} is a GGUF file, not an AWQ checkpoint; llama.cpp runs it")
     return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path, size)
 
 
@@ -41,16 +51,16 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._copied = 0
+        self._copied = REMAP_BYTES  # the first copy maps anew: views keep the pages they touched to themselves
         self._file = self._open()
         self.tensors = {name: self._info(name) for name in self._file.keys()}  # noqa: SIM118 (not a mapping)
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name).clone()
-        self._copied += tensor.nbytes
         if self._copied >= REMAP_BYTES:
             self._copied = 0
             self._file = self._open()
+        tensor: Tensor = self._file.get_tensor(name).clone()
+        self._copied += tensor.nbytes
         return tensor
 
     def view(self, name: str) -> Tensor:
@@ -70,7 +80,7 @@ class SafetensorsFile:
             raise UnsupportedFormat(f"{self.path}: {name} has dtype {dtype}, which awq_rt does not read")
         shape = tuple(header.get_shape())
         values = None
-        if name.endswith(".weight_shape") and shape == (2,):
+        if _holds_a_shape(name, shape, DTYPES[dtype]):
             values = tuple(int(value) for value in self._file.get_tensor(name))
         return TensorInfo(name, shape, DTYPES[dtype], values)
 
@@ -80,13 +90,13 @@ class PickleFile:
 
     def __init__(self, path: Path, size: int):
         self.path = path
-        self._state = _plain_tensors(path, _load(path, size))
+        self._state = _plain_tensors(path, size, _load(path, size))
         self.tensors = {
             name: TensorInfo(
                 name,
                 tuple(tensor.shape),
                 tensor.dtype,
-                tuple(tensor.tolist()) if name.endswith(".weight_shape") and tensor.shape == (2,) else None,
+                tuple(tensor.tolist()) if _holds_a_shape(name, tuple(tensor.shape), tensor.dtype) else None,
             )
             for name, tensor in self._state.items()
         }
@@ -98,29 +108,40 @@ class PickleFile:
         return self._state[name]
 
 
+def _holds_a_shape(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether the tensor is compressed-tensors' two sizes of a linear."""
+    return name.endswith(".weight_shape") and shape == (2,) and dtype in (torch.int64, torch.int32)
+
+
 def _load(path: Path, size: int) -> object:
     """The unpickled object: mapped where the file is a zip archive, as torch has written them since 1.6."""
-    archive = zipfile.is_zipfile(path)
-    if archive:
-        with zipfile.ZipFile(path) as entries:
-            # torch stores its entries uncompressed; anything else could unpack to more than the file holds.
-            claimed = sum(entry.file_size for entry in entries.infolist())
-            if claimed > size:
-                raise CorruptFile(f"{path} has {size} bytes but unpacks to {claimed}; torch.save writes no such file")
     try:
+        archive = zipfile.is_zipfile(path)
+        if archive:
+            _check_archive(path, size)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        # Its first lines advise to load the file unsafely; what was wrong stands further down.
+        reason = re.search(r"WeightsUnpickler error: (.*?)(?: Please use|$)", str(error), re.MULTILINE)
         raise UnsafePickle(
-            f"{path} is not a plain state dict, and was not executed ({reason}); "
+            f"{path} is not a plain state dict, and was not executed ({reason[1] if reason else 'refused by torch'}); "
             "ask its author for safetensors, or for torch.save(model.state_dict())"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except UNREADABLE as error:
         raise CorruptFile(f"{path} cannot be read as a torch file ({error}); download it again") from error
 
 
-def _plain_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
-    """The mapping of names to tensors in `loaded`, perhaps under "state_dict"."""
+def _check_archive(path: Path, size: int) -> None:
+    """Raise `CorruptFile` where a zip archive could unpack to more than it holds: torch stores without compressing."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    claimed = sum(entry.file_size for entry in entries)
+    if claimed > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CorruptFile(f"{path} has {size} bytes and unpacks to {claimed}; torch.save writes no such file")
+
+
+def _plain_tensors(path: Path, size: int, loaded: object) -> dict[str, Tensor]:
+    """The mapping of names to tensors in `loaded`, perhaps under "state_dict"; no tensor claims more than `size`."""
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if isinstance(loaded, dict) and loaded.keys() >= {"scale", "clip"}:
@@ -128,11 +149,16 @@ def _plain_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
             f"{path} holds the results of llm-awq's search (its awq_cache), not weights; "
             "the weights are in quant_cache, written with --dump_quant"
         )
-    if not isinstance(loaded, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
-    ):
-        raise UnsafePickle(f"{path} holds a {type(loaded).__name__}; a mapping from names to tensors is expected")
-    return loaded
+    expected = "a mapping from names to tensors is expected"
+    if not isinstance(loaded, dict):
+        raise UnsafePickle(f"{path} holds a {type(loaded).__name__}; {expected}")
+    for name, tensor in loaded.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UnsafePickle(f"{path} holds {name}, a {type(tensor).__name__}; {expected}")
+        # A tensor of stride 0, say, is larger than its bytes: copying it could take all memory.
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.nbytes > size:
+            raise CorruptFile(f"{path}: {name} {list(tensor.shape)} is not stored element by element in the file")
+    return {name: tensor.detach() for name, tensor in loaded.items()}
 
 
 TensorFile = SafetensorsFile | PickleFile

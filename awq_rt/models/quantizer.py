@@ -21,6 +21,7 @@ from ..conversion import quantization_config, stored_tensors
 from ..errors import UnsupportedDevice
 from ..formats import WRITABLE, LinearShape
 from ..linear import AwqLinear
+from ..memory import Trimmer
 from ..weights import AwqWeight
 from .activation import ScaledActivation
 from .experts import AwqExperts
@@ -87,14 +88,16 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         checkpoint = self._checkpoint()
+        self.quantization_config.dense.clear()  # loaded by now; the file pages that were read for them can go
         fallbacks: dict[str, list[str]] = {}
-        filled = list(self._linears(model))
+        filled, memory = list(self._linears(model)), Trimmer()
         for linear, names in logging.tqdm(filled, desc="Packing weights"):
             device = linear.packed_0.device
             weights = [checkpoint.read(name, device) for name in names]
             weight = weights[0] if len(weights) == 1 else AwqWeight.concatenate(weights)
             config = self.quantization_config
             choice = linear.bind(weight, model.dtype, device, backend=config.backend, kernel=config.kernel)
+            memory.worked_through(sum(tensor.nbytes for tensor in linear.packed.tensors))
             if device.type != "cpu" and choice.backend.priority == 0 and config.backend is None:
                 why = "; ".join(f"{name}: {refusal}" for name, refusal in choice.refusals)
                 fallbacks.setdefault(why or "no backend for it is installed [AWQ-BACKEND-004]", []).append(names[0])
@@ -104,7 +107,7 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.quantization_config.checkpoint, self.quantization_config.dense = None, {}  # the files can be closed
+        self.quantization_config.checkpoint = None  # its files can be closed
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
