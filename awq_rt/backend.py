@@ -1,7 +1,7 @@
 """The contract between the core and a backend plugin, on one screen.
 
 A plugin is a distribution with an entry point in the group `awq_rt.backends` that names an object (a module will do)
-with the members of `Backend`. It receives canonical weights and returns opaque packed ones; the core never looks inside.
+with the members of `Backend`. It receives canonical weights and returns opaque packed ones, which the core only holds.
 """
 
 from __future__ import annotations

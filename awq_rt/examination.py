@@ -145,17 +145,24 @@ def _version(distribution: str) -> str:
 
 def _examine_here(name: str) -> Refusal | None:
     """What the worker does: import, verify, probe, and compare a few linears with float64."""
-    from .registry import contract_refusal
+    (entry,) = importlib.metadata.entry_points(group="awq_rt.backends", name=name)
+    backend = entry.load()  # first: a plugin that cannot be imported need not wait for torch
+
+    from .registry import contract_refusal, torch_refusal
     from .testing.conformance import self_test
 
-    (entry,) = importlib.metadata.entry_points(group="awq_rt.backends", name=name)
-    backend = entry.load()
     refusal = contract_refusal(backend, name)
     if refusal is not None:
         return refusal
     failure = self_test(backend)
     if failure is None:
         return None
+    try:
+        types = {device.type for device in backend.probe().devices}
+    except Exception:  # what `failure` is about
+        types = set()
+    for unreachable in filter(None, map(torch_refusal, sorted(types))):
+        return unreachable  # no fault of the plugin: it found a device, and this torch cannot use it
     return Refusal("AWQ-BACKEND-013", f"its self-test failed: {failure}", f"update or uninstall {name}")
 
 

@@ -88,7 +88,7 @@ def default_device() -> torch.device:
     """
     for backend in backends():
         for device in backend.probe().devices:
-            if device.type != "cpu" and not _torch_refusal(device.type):
+            if device.type != "cpu" and not torch_refusal(device.type):
                 return torch.device(device.type, device.index)
     idle = (*devices.nvidia().devices, *devices.amd().devices)
     if idle:
@@ -102,7 +102,7 @@ def checked_device(device: str | torch.device) -> torch.device:
         wanted = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise UnsupportedDevice(f"device {device!r} is not a torch device ({error}); try 'cpu' or 'cuda:0'") from error
-    if refusal := _torch_refusal(wanted.type):
+    if refusal := torch_refusal(wanted.type):
         raise UnsupportedDevice(f"device {str(wanted)!r} cannot be used: {refusal.reason}; {refusal.fix}")
     if wanted.type != "cpu":
         count = getattr(torch, wanted.type).device_count()
@@ -144,7 +144,8 @@ def _refusal(backend: Backend, spec: LinearSpec, device: Device) -> Refusal | No
         return Refusal("AWQ-BACKEND-018", reason, f"update {backend.name}")
 
 
-def _torch_refusal(device_type: str) -> Refusal | None:
+def torch_refusal(device_type: str) -> Refusal | None:
+    """None when this build of torch, on this machine, can use devices of the type."""
     if device_type == "cpu":
         return None
     module = getattr(torch, device_type, None)
@@ -160,7 +161,7 @@ def _torch_refusal(device_type: str) -> Refusal | None:
 
 
 def _why_idle(device: Device) -> str:
-    if refusal := _torch_refusal(device.type):
+    if refusal := torch_refusal(device.type):
         return str(refusal)
     broken = [f"{p.name} is quarantined ({p.refusal})" for p in plugins() if p.refusal is not None]
     return (

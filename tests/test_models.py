@@ -206,6 +206,8 @@ def test_what_cannot_be_asked_for_is_refused(llama: Path) -> None:
         awq_rt.load(llama, device_map={"": "disk"})
     with pytest.raises(UnsupportedDevice, match="not a torch device"):
         awq_rt.load(llama, device="gpu")
+    with pytest.raises(InvalidConfig, match="attn_implementation 'fast'"):
+        awq_rt.load(llama, attn_implementation="fast")
     with pytest.raises(InvalidConfig, match="float8"):
         awq_rt.load(llama, dtype="float8")
 

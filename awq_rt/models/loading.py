@@ -90,6 +90,11 @@ def from_checkpoint(
             output_loading_info=True,
             **model_kwargs,
         )
+    except (ValueError, ImportError) as error:
+        if "attn_implementation" in str(error) or "attention" in str(error).lower():
+            wanted = model_kwargs.get("attn_implementation")
+            raise InvalidConfig(f"attn_implementation {wanted!r} cannot be used: {error}") from error
+        raise
     except RuntimeError as error:
         if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
             raise ModelMismatch(f"{checkpoint.root}: {error}") from error

@@ -89,7 +89,7 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         checkpoint = self._checkpoint()
         self.quantization_config.dense.clear()  # loaded by now; the file pages that were read for them can go
-        fallbacks: dict[str, list[str]] = {}
+        slow: dict[tuple[str, str], list[str]] = {}
         filled, memory = list(self._linears(model)), Trimmer()
         for linear, names in logging.tqdm(filled, desc="Packing weights"):
             device = linear.packed_0.device
@@ -100,10 +100,11 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
             memory.worked_through(sum(tensor.nbytes for tensor in linear.packed.tensors))
             if device.type != "cpu" and choice.backend.priority == 0 and config.backend is None:
                 why = "; ".join(f"{name}: {refusal}" for name, refusal in choice.refusals)
-                fallbacks.setdefault(why or "no backend for it is installed [AWQ-BACKEND-004]", []).append(names[0])
-        for why, names in fallbacks.items():
+                why = why or "no backend for it is installed [AWQ-BACKEND-004]"
+                slow.setdefault((choice.backend.name, why), []).append(names[0])
+        for (backend, why), names in slow.items():
             warnings.warn(
-                f"{len(names)} linears, {names[0]} first, run slowly on backend {choice.backend.name!r}: {why}",
+                f"{len(names)} linears, {names[0]} first, run slowly on backend {backend!r}: {why}",
                 RuntimeWarning,
                 stacklevel=2,
             )

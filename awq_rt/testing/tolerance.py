@@ -5,9 +5,9 @@ Three independent sources of error, u being the unit roundoff of the activations
 - the result is rounded once to that dtype: `u * |reference|`;
 - each dequantised weight is rounded once to it: K products with a relative error of at most u each, a random walk of
   standard deviation below `u * sqrt((x*x) @ (w*w))`;
-- float32 accumulation: a kernel may sum codes and zero points apart, `scale * (x @ codes - zero * sum(x))`, so a
-  partial sum inside a group reaches `15 * scale * sum(|x|)`, whatever the weight is. G additions in a group and K/G
-  between the groups each round by 2**-24 of that.
+- float32 accumulation, each addition rounding by 2**-24 of the partial sum. One accumulator makes K additions to sums
+  of up to `|x| @ |w|`. A kernel may also sum codes and zero points apart, `scale * (x @ codes - zero * sum(x))`; then a
+  partial sum reaches `15 * scale * sum(|x|)`, whatever the weight is, in G additions in a group and K/G between.
 
 Six standard deviations are allowed of the last two. A zero point wrong by one moves the result by `scale * sum(x)` over
 its group, and one swapped nibble by a whole code: both far outside (the counter-tests are in tests/test_tolerance.py).
@@ -42,7 +42,8 @@ def bound(x: Tensor, weight: AwqWeight, factor: float = STANDARD_DEVIATIONS) -> 
     groups, group_size = weight.scales.shape[0], weight.group_size
     group_sums = x64.abs().reshape(*x.shape[:-1], groups, group_size).sum(-1)  # [..., K/G]
     partial = ((group_sums * group_sums) @ (15 * weight.scales.double()).square()).sqrt()
-    accumulation = 2.0**-24 * (group_size**0.5 + groups**0.5) * partial
+    apart = (group_size**0.5 + groups**0.5) * partial
+    accumulation = 2.0**-24 * (weight.in_features**0.5 * (x64.abs() @ w64.abs()) + apart)
     limit: Tensor = u * reference(x, weight).abs() + factor * (rounding + accumulation)
     return limit
 
