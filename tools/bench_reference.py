@@ -24,12 +24,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import awq_rt
 from awq_rt import devices
 from awq_rt.linear import AwqLinear
-from awq_rt.testing import excess
+from awq_rt.testing import excess, hurtful_cases, hurtful_weight
+from awq_rt.weights import AwqWeight
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
@@ -60,6 +61,7 @@ def main(model: str, rounds: int, out: Path) -> None:
         "read_gbps": read_bandwidth(),
         "decode": decode,
         "linears": linears,
+        "torch_int4_error_over_bound": torch_int4_errors(),
     }
     console.print(table("decoding, batch 1", decode))
     console.print(table("one linear, microseconds", linears))
@@ -112,25 +114,19 @@ def dense_twin(model: Any, dtype: torch.dtype) -> Any:
 
 def linear_rows(in_features: int, out_features: int, group_size: int) -> list[dict[str, Any]]:
     """One linear: ours, dense, and torch's own CPU int4 matmul with its largest error over the derived bound."""
-    from awq_rt.testing import hurtful_weight
-
     weight = hurtful_weight("random", in_features, out_features, group_size)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         ours = AwqLinear(in_features, out_features, group_size)
         ours.bind(weight, dtype, "cpu")
         dense = weight.dequantize().T.contiguous().to(dtype)
-        words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.T.contiguous().int(), 1)
-        scales = weight.scales.float()
-        pairs = torch.stack((scales, (8 - weight.zeros.float()) * scales), -1).to(dtype).contiguous()
+        theirs = torch_int4(weight, dtype)
         for count in ROWS:
             x = torch.randn(count, in_features, generator=torch.Generator().manual_seed(count)).to(dtype)
             calls: dict[str, Callable[[], Any]] = {
                 "awq_rt": lambda x=x, f=ours: f(x),
                 "dense": lambda x=x, w=dense: x @ w.T,
-                "torch_int4": lambda x=x, w=words, s=pairs: torch.ops.aten._weight_int4pack_mm_for_cpu(
-                    x, w, group_size, s
-                ),
+                "torch_int4": lambda x=x, f=theirs: f(x),
             }
             row: dict[str, Any] = {"k": in_features, "n": out_features, "group_size": group_size, "m": count}
             row["dtype"] = str(dtype).removeprefix("torch.")
@@ -140,6 +136,25 @@ def linear_rows(in_features: int, out_features: int, group_size: int) -> list[di
                     row[f"{name}_error_over_bound"] = round(excess(calls[name](), x, weight), 3)
             rows.append(row)
     return rows
+
+
+def torch_int4(weight: AwqWeight, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """torch's own CPU int4 matmul with `weight`: `(code - 8) * scale + offset`, both in the activations' dtype."""
+    words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.T.contiguous().int(), 1)
+    scales = weight.scales.float()
+    pairs = torch.stack((scales, (8 - weight.zeros.float()) * scales), -1).to(dtype).contiguous()
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, words, weight.group_size, pairs)
+
+
+def torch_int4_errors() -> dict[str, float]:
+    """The largest error of torch's int4 matmul in bfloat16 over the derived bound, by kind of weight."""
+    worst: dict[str, float] = {}
+    for case in hurtful_cases(torch.bfloat16):
+        weight, kind = case.weight, case.name.split(",")[0]
+        if weight.out_features % 16 == 0 and weight.group_size in (32, 64, 128, 256) and weight.bias is None:
+            y = torch_int4(weight, torch.bfloat16)(case.x)
+            worst[kind] = max(worst.get(kind, 0.0), round(excess(y, case.x, weight), 2))
+    return worst
 
 
 def read_bandwidth() -> float:

@@ -34,9 +34,12 @@ def main(gguf: Path, out: Path, group_size: int, force: bool) -> None:
     )
     config = model.config.to_dict()
     config.pop("quantization_config", None)
+    config["architectures"] = [type(model).__name__]
     config |= {"quantization_config": describe("gemm", group_size, dense=[]), "dtype": "float16"}
     with tempfile.TemporaryDirectory() as folder:
-        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer.clean_up_tokenization_spaces = False  # meant for WordPiece; this tokenizer's text needs no mending
+        tokenizer.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         write_checkpoint(out, quantised(model, group_size), config, beside=Path(folder), force=force)
     click.echo(f"{out}: {len(packed_linears(model))} linears in 4 bits, groups of {group_size}")
