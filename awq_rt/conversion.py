@@ -55,7 +55,10 @@ def convert(
             if progress is not None:
                 progress(done, len(checkpoint), name)
             weight = checkpoint[name]
-            stored = stored_tensors(weight, layout)
+            try:
+                stored = stored_tensors(weight, layout)
+            except LayoutCannotHold as error:
+                raise LayoutCannotHold(f"{name}: {error.args[0]}") from error
             for loss in _losses(weight, stored, layout):
                 losses[loss] = losses.get(loss, 0) + 1
             yield from ((f"{name}.{suffix}", tensor) for suffix, tensor in stored.items())

@@ -23,7 +23,7 @@ def round_to_nearest(
     """`weight` [N, K] (as nn.Linear has it) in 4 bits with groups of `group_size` along K, -1 for one group a row.
 
     Scales are rounded to `scale_dtype` first and codes computed with the rounded ones. Raises `InvalidWeight` when
-    groups do not divide K or values are not finite.
+    groups do not divide K, values are not finite, or scales are beyond `scale_dtype`.
     """
     out_features, in_features = weight.shape
     size = in_features if group_size == -1 else group_size
@@ -41,6 +41,8 @@ def round_to_nearest(
         scales = (high - low).clamp_min(SMALLEST_RANGE) / 15
         zeros = (-low / scales).round()
     scales = scales.to(scale_dtype)
+    if not bool(torch.isfinite(scales).all()):
+        raise InvalidWeight(f"the weight's range is too large for scales of {scale_dtype}; use bfloat16 or float32")
     codes = ((groups / scales.float()[..., None]).round() + zeros[..., None]).clamp(0, 15)
     return AwqWeight(
         codes.to(torch.uint8).view(out_features, in_features).T.contiguous(),

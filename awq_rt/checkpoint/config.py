@@ -79,16 +79,13 @@ def parse(raw: Any, source: str) -> QuantizationConfig:
     zero_point = raw.get("zero_point")
     if zero_point is not None and not isinstance(zero_point, bool):
         raise InvalidConfig(f"{source} has zero_point {zero_point!r}; true or false is expected")
-    skipped = raw.get("modules_to_not_convert") or ()
-    if not isinstance(skipped, (list, tuple)):
-        raise InvalidConfig(f"{source} has modules_to_not_convert {skipped!r}; a list is expected")
     return QuantizationConfig(
         source,
         method,
         _layouts(raw, source, method),
         frozenset() if group_size is None else frozenset((group_size,)),
         zero_point,
-        tuple(str(name) for name in skipped),
+        _names(raw, source, "modules_to_not_convert"),
         raw,
     )
 
@@ -142,7 +139,7 @@ def _parse_compressed_tensors(raw: Mapping[str, Any], source: str) -> Quantizati
             sizes.add(size)
         symmetric.add(bool(weights.get("symmetric", True)))
     zero_point = None if len(symmetric) > 1 else not symmetric.pop()
-    ignore = tuple(str(name) for name in raw.get("ignore") or ())
+    ignore = _names(raw, source, "ignore")
     layouts = ("compressed-tensors",)
     return QuantizationConfig(source, "compressed-tensors", layouts, frozenset(sizes), zero_point, ignore, raw)
 
@@ -156,6 +153,13 @@ def _integer(raw: Mapping[str, Any], source: str, *keys: str) -> int | None:
             raise InvalidConfig(f"{source} has {key} {value!r}; an integer is expected")
         return value
     return None
+
+
+def _names(raw: Mapping[str, Any], source: str, key: str) -> tuple[str, ...]:
+    names = raw.get(key) or ()
+    if not isinstance(names, (list, tuple)):
+        raise InvalidConfig(f"{source} has {key} {names!r}; a list is expected")
+    return tuple(str(name) for name in names)
 
 
 def _check_group_size(group_size: int | None, source: str) -> None:

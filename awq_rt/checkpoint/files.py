@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors", "*.pt", "*.bin")
 """In order of preference where there is no index: the first pattern that matches is used."""
+
+SHARD = re.compile(r"(.+)-(\d{1,5})-of-(\d{1,5})\.(safetensors|bin|pt)")
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
 """What a model needs beside its weights: configuration, tokenizer, chat template, code."""
@@ -35,15 +39,12 @@ def locate(id_or_path: str | Path, *, revision: str | None = None, token: str | 
 
     Raises `CheckpointNotFound`, `HubUnavailable`, `MissingShard`, `InvalidConfig` or `CorruptFile`.
     """
-    path = Path(id_or_path).expanduser()
-    if path.is_file():
-        return CheckpointFiles(path.parent, (path,), None)
-    if path.is_dir():
-        return _in_folder(path)
     name = str(id_or_path)
+    if path := _existing(name):
+        return CheckpointFiles(path.parent, (path,), None) if path.is_file() else _in_folder(path)
     if HUB_ID.fullmatch(name) and not name.endswith((".pt", ".bin", ".safetensors")):
         return _in_folder(_fetch(name, revision, token))
-    raise CheckpointNotFound(f"{name} is not a file or folder here, and not a hub id (like 'owner/model')")
+    raise CheckpointNotFound(f"{name!r} is not a file or folder here, and not a hub id (like 'owner/model')")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,13 +58,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _existing(name: str) -> Path | None:
+    """The file or folder of that name, None where there is none."""
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, RuntimeError):  # too long, not ours to look into, the home of an unknown user
+        return None
+
+
 def _in_folder(root: Path) -> CheckpointFiles:
     for index_name in INDEXES:
         if (root / index_name).is_file():
             return _from_index(root, index_name)
     for pattern in WEIGHTS:
-        weights = [path for path in sorted(root.glob(pattern)) if not NOT_WEIGHTS.fullmatch(path.name)]
+        found = (path for path in sorted(root.glob(pattern)) if path.is_file())
+        weights = [path for path in found if not NOT_WEIGHTS.fullmatch(path.name)]
         if weights:
+            _check_numbering(root, weights)
             return CheckpointFiles(root, tuple(weights), None)
     raise CheckpointNotFound(
         f"{root} holds no weights; expected one of {', '.join((*INDEXES, *WEIGHTS))}; "
@@ -71,14 +83,31 @@ def _in_folder(root: Path) -> CheckpointFiles:
     )
 
 
-def _from_index(root: Path, index_name: str) -> CheckpointFiles:
+def _check_numbering(root: Path, weights: list[Path]) -> None:
+    """Raise `MissingShard` where files are numbered "1 of 3" and the index that would miss the others is absent too."""
+    here = {path.name for path in weights}
+    for path in weights:
+        if numbered := SHARD.fullmatch(path.name):
+            stem, width, total, suffix = numbered[1], len(numbered[2]), int(numbered[3]), numbered[4]
+            names = (f"{stem}-{number + 1:0{width}d}-of-{numbered[3]}.{suffix}" for number in range(total))
+            if missing := next((name for name in names if name not in here), None):
+                raise MissingShard(f"{root} holds {path.name} but neither {missing} nor an index; download them again")
+
+
+def _weight_map(root: Path, index_name: str) -> dict[str, str]:
+    """The index: tensor -> file name. Raises `InvalidConfig`."""
     weight_map = read_json(root / index_name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidConfig(f"{root / index_name} has no weight_map; download it again")
     for tensor, file_name in weight_map.items():
         # A plain file name only: an index must not lead out of its folder.
-        if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in (".", ".."):
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
             raise InvalidConfig(f"{root / index_name} places {tensor} in {file_name!r}; a file name is expected")
+    return weight_map
+
+
+def _from_index(root: Path, index_name: str) -> CheckpointFiles:
+    weight_map = _weight_map(root, index_name)
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
@@ -91,20 +120,31 @@ def _from_index(root: Path, index_name: str) -> CheckpointFiles:
 
 def _fetch(repository: str, revision: str | None, token: str | None) -> Path:
     """The repository's snapshot in huggingface_hub's cache, with the files that are needed and no others."""
+    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=patterns))
+        download = partial(snapshot_download, repository, revision=revision, token=token, allow_patterns=patterns)
+        try:
+            return Path(download())
+        except (OfflineModeIsEnabled, httpx.TransportError):
+            # snapshot_download asks the hub what a commit holds even where the cache holds the commit.
+            with suppress(LocalEntryNotFoundError):
+                return Path(download(local_files_only=True))
+            raise
 
     try:
         root = fetch(list(SMALL_FILES))
         for index_name in INDEXES:
             if (root / index_name).is_file():
-                weight_map = read_json(root / index_name).get("weight_map")
-                return fetch(
-                    sorted({str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else [])
-                )
+                return fetch(sorted(set(_weight_map(root, index_name).values())))
         for pattern in WEIGHTS:
             root = fetch([pattern])
             if any(root.glob(pattern)):
@@ -113,7 +153,9 @@ def _fetch(repository: str, revision: str | None, token: str | None) -> Path:
         raise HubUnavailable(f"{repository} needs permission: ask for it on its page, then pass token=") from error
     except RepositoryNotFoundError as error:
         raise HubUnavailable(f"the hub has no repository {repository!r} that this token may see") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except HFValidationError as error:
+        raise CheckpointNotFound(f"{repository!r} is not a file or folder here, and not a hub id ({error})") from error
+    except (OSError, httpx.HTTPError) as error:  # every other error of the hub is an OSError
         at = f" at revision {revision}" if revision else ""
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HubUnavailable(

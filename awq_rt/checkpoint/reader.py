@@ -82,15 +82,17 @@ class Checkpoint(Mapping[str, AwqWeight]):
             raise _not_quantized(files.root, infos)
         layouts = {name: identify(name, stored) for name, stored in packed.items()}
         self.layout = _one_layout(layouts, self.quantization)
-        configured = _configured_group_size(group_size, self.quantization)
+        self._group_size_said = _group_size_said(group_size, self.quantization)
+        configured = self.quantization.group_size if group_size is None else group_size
         if configured is None and self.layout in PADDED:
-            configured = self._group_size_from_padding(next(iter(packed)), packed, layouts)
+            configured = self._group_size_from_padding(packed, layouts)
         self.linears = {
-            name: StoredLinear(name, layouts[name].NAME, layouts[name].shape(stored, configured), stored)
+            name: StoredLinear(name, layouts[name].NAME, self._shape(name, layouts[name], stored, configured), stored)
             for name, stored in packed.items()
         }
         for linear in self.linears.values():
-            _check_against(linear, group_size, self.quantization)
+            _check_bias(linear)
+            self._check_against_config(linear, group_size)
 
     def __getitem__(self, name: str) -> AwqWeight:
         return self.read(name)
@@ -122,21 +124,21 @@ class Checkpoint(Mapping[str, AwqWeight]):
     def read(self, name: str, device: torch.device | str = "cpu") -> AwqWeight:
         """The linear `name`, unpacked on `device`.
 
-        Raises `KeyError` for a name that is not in `linears`, `InvalidTensor` or `NonFiniteScales` for bad values.
+        Raises `KeyError` for a name that is not in `linears`; `NonFiniteScales`, `ConfigMismatch` (padding that shows
+        another group size) or `InvalidTensor` for bad values.
         """
         linear = self.linears[name]
         layout = LAYOUTS[linear.layout]
         stored = {suffix: self._read(info.name).to(device) for suffix, info in linear.tensors.items()}
-        try:
-            weight = layout.read(stored, linear.shape)
-        except InvalidTensor as error:
-            said = f"; {self.quantization.source} says {sorted(self.quantization.group_sizes)}"
-            contradicts = linear.layout in PADDED and self.quantization.group_sizes
-            kind = ConfigMismatch if contradicts else InvalidTensor
-            raise kind(f"{name}: {error.args[0]}{said if contradicts else ''}") from error
-        if not bool(torch.isfinite(weight.scales).all()):
+        scales = stored["weight_scale" if "weight_scale" in stored else "scales"]
+        if not bool(torch.isfinite(scales).all()):
             raise NonFiniteScales(f"{name}: scales hold NaN or infinity; the checkpoint was written wrongly")
-        return weight
+        if linear.layout in PADDED:
+            self._check_padding(linear, scales)
+        try:
+            return layout.read(stored, linear.shape)
+        except InvalidTensor as error:
+            raise InvalidTensor(f"{name}: {error.args[0]}") from error
 
     def view(self, name: str) -> Tensor:
         """The dense tensor `name`; it may share pages with the file, so it must not be written to."""
@@ -146,15 +148,53 @@ class Checkpoint(Mapping[str, AwqWeight]):
         return self._home[name].read(name)
 
     def _group_size_from_padding(
-        self, name: str, packed: Mapping[str, Mapping[str, TensorInfo]], layouts: Mapping[str, Layout]
+        self, packed: Mapping[str, Mapping[str, TensorInfo]], layouts: Mapping[str, Layout]
     ) -> int:
         """The group size where no configuration states it: the padding of the scales begins after the last group."""
-        shape = layouts[name].shape(packed[name], -1)
-        scales = self._read(packed[name]["scales"].name)
-        used = used_groups(scales.T if self.layout == "gemv" else scales)
-        if used == 0 or shape.in_features % used:
-            raise InvalidTensor(f"{packed[name]['scales']} holds {used} groups; pass group_size=")
-        return shape.in_features // used
+        lengths = {name: layouts[name].shape(stored, -1).in_features for name, stored in packed.items()}
+        # In the longest columns: where even they are one group, every column is.
+        longest = max(lengths, key=lengths.__getitem__)
+        used = self._used_groups(self._read(packed[longest]["scales"].name))
+        if used == 0 or lengths[longest] % used:
+            raise InvalidTensor(f"{packed[longest]['scales']} holds {used} groups; pass group_size=")
+        return lengths[longest] // used if used > 1 else -1
+
+    def _used_groups(self, scales: Tensor) -> int:
+        return used_groups(scales.T if self.layout == "gemv" else scales)
+
+    def _shape(
+        self, name: str, layout: Layout, stored: Mapping[str, TensorInfo], configured: int | None
+    ) -> LinearShape:
+        """The linear's shape. Raises `InvalidTensor`, or `ConfigMismatch` where only the stated group size is wrong."""
+        if layout.NAME not in PADDED or self._group_size_said is None:
+            return layout.shape(stored, configured)
+        layout.shape(stored, -1)
+        try:
+            return layout.shape(stored, configured)
+        except InvalidTensor as error:
+            raise ConfigMismatch(f"{name}: {error.args[0]}; {self._group_size_said}") from error
+
+    def _check_padding(self, linear: StoredLinear, scales: Tensor) -> None:
+        """Raise where the padding of the scales does not begin behind the last group."""
+        used = self._used_groups(scales)
+        if used == linear.shape.groups:
+            return
+        found = f"{linear.name}: scales hold {used} groups where the group size makes {linear.shape.groups}"
+        if self._group_size_said is None:
+            raise InvalidTensor(f"{found}; pass group_size=")
+        raise ConfigMismatch(f"{found}; {self._group_size_said}")
+
+    def _check_against_config(self, linear: StoredLinear, wanted: int | None) -> None:
+        """Raise `ConfigMismatch` where the configuration contradicts the tensors of `linear`."""
+        sizes = self.quantization.group_sizes | (frozenset() if wanted is None else {wanted})
+        if sizes and linear.group_size not in {linear.in_features if size == -1 else size for size in sizes}:
+            raise ConfigMismatch(
+                f"{linear.name}: the tensors have group size {linear.group_size}; {self._group_size_said}"
+            )
+        if self.quantization.zero_point and linear.symmetric:
+            raise ConfigMismatch(
+                f"{linear.name} stores no zero points, but {self.quantization.source} says that there are some"
+            )
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.root)!r}, {self.layout}, {len(self)} linears, {self.nbytes / 1e9:.2f} GB)"
@@ -181,7 +221,8 @@ def _homes(files: tuple[TensorFile, ...], index: Mapping[str, str] | None, root:
     for file in files:
         for name in file.tensors:
             if name in homes:
-                raise InvalidTensor(f"{name} is in {homes[name].path.name} and again in {file.path.name} under {root}")
+                both = f"{homes[name].path.name} and again in {file.path.name}"
+                raise InvalidTensor(f"{name} is in {both} under {root}; delete the file that is out of date")
             homes[name] = file
     absent = [name for name, file in (index or {}).items() if name not in homes or homes[name].path.name != file]
     if absent:
@@ -208,7 +249,7 @@ def _grouped(infos: Mapping[str, TensorInfo]) -> tuple[dict[str, dict[str, Tenso
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _not_quantized(root: Path, infos: Mapping[str, TensorInfo]) -> UnsupportedFormat | NotQuantized:
@@ -236,27 +277,25 @@ def _one_layout(layouts: Mapping[str, Layout], config: QuantizationConfig) -> st
     return found
 
 
-def _configured_group_size(wanted: int | None, config: QuantizationConfig) -> int | None:
-    if wanted is not None and config.group_sizes and wanted not in config.group_sizes:
-        raise ConfigMismatch(
-            f"group_size {wanted} was asked for, but {config.source} says {sorted(config.group_sizes)}"
-        )
-    return wanted if wanted is not None else config.group_size
+def _check_bias(linear: StoredLinear) -> None:
+    bias = linear.tensors.get("bias")
+    if bias is not None and (bias.shape != (linear.out_features,) or not bias.dtype.is_floating_point):
+        raise InvalidTensor(f"{bias} does not fit; a floating tensor of shape [{linear.out_features}] is expected")
 
 
-def _check_against(linear: StoredLinear, wanted: int | None, config: QuantizationConfig) -> None:
-    """Raise `ConfigMismatch` where the configuration contradicts the tensors of `linear`."""
-    sizes = config.group_sizes | (frozenset() if wanted is None else {wanted})
-    allowed = {linear.in_features if size == -1 else size for size in sizes}
-    if allowed and linear.group_size not in allowed:
-        raise ConfigMismatch(
-            f"{linear.name}: the tensors have group size {linear.group_size}, "
-            f"{config.source} says {', '.join(map(str, sorted(sizes)))}"
-        )
-    if config.zero_point and linear.symmetric:
-        raise ConfigMismatch(f"{linear.name} stores no zero points, but {config.source} says that there are some")
+def _group_size_said(wanted: int | None, config: QuantizationConfig) -> str | None:
+    """Who states which group size, as a clause for messages; None where nobody does. Raises `ConfigMismatch`."""
+    said = f"{config.source} says {', '.join(map(str, sorted(config.group_sizes)))}" if config.group_sizes else None
+    if wanted is None:
+        return said
+    if said is not None and wanted not in config.group_sizes:
+        raise ConfigMismatch(f"group_size={wanted} was passed, but {said}")
+    return f"group_size={wanted} was passed"
 
 
 def model_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """config.json without its quantisation, which a converted checkpoint states anew."""
-    return {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    if isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    return config

@@ -121,10 +121,11 @@ def _load(path: Path, size: int) -> object:
             _check_archive(path, size)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
-        # Its first lines advise to load the file unsafely; what was wrong stands further down.
-        reason = re.search(r"WeightsUnpickler error: (.*?)(?: Please use|$)", str(error), re.MULTILINE)
+        # torch's own sentences advise to load the file unsafely; only the name in them is repeated.
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {wanted[1]}" if wanted else "torch.save writes no such pickle"
         raise UnsafePickle(
-            f"{path} is not a plain state dict, and was not executed ({reason[1] if reason else 'refused by torch'}); "
+            f"{path} is not a plain state dict, and was not executed ({reason}); "
             "ask its author for safetensors, or for torch.save(model.state_dict())"
         ) from error
     except UNREADABLE as error:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ def write_checkpoint(
 
     Raises `DestinationExists` (unless `force`), or `WriteError`; the destination is then as it was.
     """
+    if beside is not None and destination.resolve() in beside.resolve().parents:
+        raise DestinationExists(f"{destination} holds the source {beside}; choose another name")
     with _appearing(destination, force) as folder:
         _write_shards(folder, tensors, max_shard_bytes)
         (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
@@ -53,6 +55,7 @@ def _small_files(folder: Path | None) -> Iterator[Path]:
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
+    memory: set[int] = set()  # where the pending tensors lie
     pending_bytes = total_bytes = 0
 
     def flush() -> None:
@@ -61,11 +64,16 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard
             save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
             shards.append(list(pending))
             pending, pending_bytes = {}, 0
+            memory.clear()
 
     for name, tensor in tensors:
         if pending_bytes + tensor.nbytes > max_shard_bytes:
             flush()
-        pending[name] = tensor.contiguous()
+        whole = tensor.contiguous()
+        if whole.untyped_storage().data_ptr() in memory:
+            whole = whole.clone()  # safetensors refuses tensors that share memory, as tied ones from a pickle do
+        memory.add(whole.untyped_storage().data_ptr())
+        pending[name] = whole
         pending_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
     flush()
@@ -108,14 +116,25 @@ def _swap(folder: Path, destination: Path) -> None:
         os.rename(folder, destination)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    os.rename(destination, old / "old")
     try:
-        os.rename(folder, destination)
-    except OSError:
-        os.rename(old / "old", destination)
+        os.rename(destination, old / "old")
+        try:
+            os.rename(folder, destination)
+        except BaseException:
+            _put_back(old / "old", destination)
+            raise
+    except BaseException:
+        with suppress(OSError):
+            old.rmdir()  # only where it is empty: it may hold the one copy of what was there
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, destination: Path) -> None:
+    try:
+        os.rename(old, destination)
+    except OSError as error:
+        raise WriteError(f"{destination} could not be replaced, nor be put back ({error}); it is now {old}") from error
 
 
 def _umask() -> int:

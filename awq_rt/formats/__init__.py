@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..errors import UnsupportedFormat
+from ..errors import MissingTensor, UnsupportedFormat
 from . import compressed_tensors, gemm, gemv, gemv_fast, llm_awq, marlin
 from .layout import Layout, LinearShape, TensorInfo, WritableLayout
 
@@ -42,11 +42,16 @@ __all__ = [
 
 
 def identify(name: str, stored: Mapping[str, TensorInfo]) -> Layout:
-    """The layout of the linear `name`, from the tensors under its prefix alone. Raises `UnsupportedFormat`."""
+    """The layout of the linear `name`, from the tensors under its prefix alone.
+
+    Raises `UnsupportedFormat`, or `MissingTensor` for words without scales.
+    """
     for layout in LAYOUTS.values():
         if layout.matches(stored):
             return layout
     found = ", ".join(str(info) for info in stored.values())
+    if not stored.keys() & {"scales", "weight_scale"}:
+        raise MissingTensor(f"{name} has {found} but no scales; download the checkpoint again, or it is no AWQ one")
     if _is_gptq(stored):
         raise UnsupportedFormat(
             f"{name} is packed in the GPTQ layout ({found}), which is not AWQ; "
@@ -58,7 +63,7 @@ def identify(name: str, stored: Mapping[str, TensorInfo]) -> Layout:
 
 
 def _is_gptq(stored: Mapping[str, TensorInfo]) -> bool:
-    if "g_idx" in stored:
+    if stored.keys() & {"g_idx", "weight_g_idx"}:
         return True
     if not {"qweight", "qzeros", "scales"} <= stored.keys():
         return False

@@ -26,7 +26,8 @@ SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 
 
 def matches(stored: Mapping[str, TensorInfo]) -> bool:
-    return is_matrix(stored, "weight_packed", torch.int32) and is_matrix(stored, "weight_scale")
+    words = is_matrix(stored, "weight_packed", torch.int32)
+    return words and is_matrix(stored, "weight_scale") and "weight_g_idx" not in stored
 
 
 def shape(stored: Mapping[str, TensorInfo], group_size: int | None) -> LinearShape:
@@ -37,6 +38,8 @@ def shape(stored: Mapping[str, TensorInfo], group_size: int | None) -> LinearSha
     expect(stored["weight_scale"], out_features, groups)
     if "weight_zero_point" in stored:
         expect(stored["weight_zero_point"], -(-out_features // 8), groups)
+        if stored["weight_zero_point"].dtype != torch.int32:
+            raise InvalidTensor(f"{stored['weight_zero_point']}: int32 is expected, 8 zero points a word")
     return LinearShape(in_features, out_features, group_size_of(stored["weight_scale"], in_features, groups))
 
 

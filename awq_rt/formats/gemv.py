@@ -56,6 +56,8 @@ def check(shape: LinearShape) -> None:
 
 def write(weight: AwqWeight) -> dict[str, Tensor]:
     check(LinearShape.of(weight))
+    if not bool(weight.scales.any(dim=1).all()):
+        raise LayoutCannotHold("gemv pads scales with zeros; the weight has a group whose scales are all 0")
     width = 8 * zeros_width(weight.in_features, weight.group_size)
     return {
         "qweight": nibbles.pack_rows(weight.codes.T.contiguous()),

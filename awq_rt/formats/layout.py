@@ -93,7 +93,7 @@ def expect_floating(info: TensorInfo) -> None:
 
 def group_size_of(info: TensorInfo, in_features: int, groups: int) -> int:
     """K / groups, checked. `info` is the tensor that says how many groups there are."""
-    if groups < 1 or in_features % groups:
+    if groups < 1 or in_features < 1 or in_features % groups:
         raise InvalidTensor(f"{info} makes {groups} groups, which do not divide in_features {in_features}")
     return in_features // groups
 

@@ -27,7 +27,7 @@ def shape_from_groups(
     if group_size is None:
         raise InvalidTensor(f"{scales} is padded, so the group size does not follow from its shape; pass group_size=")
     size = in_features if group_size == -1 else group_size
-    if size < 1 or in_features % size or in_features // size > padded:
+    if min(size, in_features) < 1 or in_features % size or in_features // size > padded:
         raise InvalidTensor(
             f"{scales} has room for {padded} groups; a group size of {group_size} with in_features {in_features} "
             "does not fit it; look at the group size in the configuration"
