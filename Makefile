@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := demo/smollm2-135m-awq
-PROMPT ?= Name three things that make a bicycle stable, in one sentence.
+PROMPT ?= What is the capital of France, and what is it known for?
 
 # The transformers releases that `make test-transformers` runs the model tests on, beside the newest in `make test`.
 TRANSFORMERS ?= 5.16.0 5.17.0

@@ -15,7 +15,9 @@ class Stream:
     """Prints tokens as text when they come, and keeps the time. A streamer for transformers' `generate`."""
 
     def __init__(self, tokenizer: Any):
-        self._text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._text = TextStreamer(
+            tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         self._started = time.perf_counter()
         self._prompt_tokens: int | None = None
         self._times: list[float] = []
