@@ -112,11 +112,14 @@ class AwqWeight:
         """
         first = weights[0]
         for weight in weights[1:]:
-            for what in ("in_features", "group_size"):
-                if getattr(weight, what) != getattr(first, what):
-                    raise InvalidWeight(
-                        f"cannot concatenate {what} {getattr(weight, what)} with {what} {getattr(first, what)}"
-                    )
+            pairs = {
+                "in_features": (first.in_features, weight.in_features),
+                "group size": (first.group_size, weight.group_size),
+                "scale dtype": (first.scales.dtype, weight.scales.dtype),
+            }
+            for what, (one, other) in pairs.items():
+                if one != other:
+                    raise InvalidWeight(f"cannot concatenate weights of {what} {one} and {other}")
         bias = None
         present = [weight.bias for weight in weights if weight.bias is not None]
         if present:

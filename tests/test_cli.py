@@ -451,7 +451,9 @@ def test_convert_leaves_what_is_there_unless_forced(model: Path, tmp_path: Path)
     there.mkdir()
     (there / "precious").touch()
     assert "[AWQ-WRITE-001]" in error_of(run("convert", model, there, "--to", "gemv"))
+    assert "no checkpoint" in error_of(run("convert", model, there, "--to", "gemv", "--force"))
     assert (there / "precious").exists()
+    (there / "config.json").touch()
     assert run("convert", model, there, "--to", "gemv", "--force").exit_code == 0
     assert awq_rt.open_checkpoint(there).layout == "gemv"
 

@@ -140,6 +140,17 @@ def test_force_replaces_the_whole_destination(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_force_does_not_replace_what_is_no_checkpoint(tmp_path: Path, kind: str) -> None:
+    destination = tmp_path / "old"
+    precious = destination if kind == "file" else destination / "precious"
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("precious")
+    with pytest.raises(DestinationExists, match="no checkpoint"):
+        write_checkpoint(destination, TENSORS.items(), {}, force=True)
+    assert precious.read_text() == "precious"
+
+
 def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "precious").write_text("precious")

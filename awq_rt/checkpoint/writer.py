@@ -93,8 +93,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard
 @contextmanager
 def _appearing(destination: Path, force: bool) -> Iterator[Path]:
     """A folder that takes the name `destination` when the block ends well, and vanishes when it does not."""
-    if destination.exists() and not force:
-        raise DestinationExists(f"{destination} exists; choose another name, or force")
+    _check_replaceable(destination, force)
     folder: Path | None = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +107,20 @@ def _appearing(destination: Path, force: bool) -> Iterator[Path]:
     finally:
         if folder is not None and folder.exists():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_replaceable(destination: Path, force: bool) -> None:
+    """`force` replaces a checkpoint or an empty folder, and nothing else: a slip must not cost somebody's folder."""
+    if not destination.exists():
+        return
+    if not force:
+        raise DestinationExists(f"{destination} exists; choose another name, or force")
+    if destination.is_symlink():  # the link is replaced, and what it leads to is left alone
+        return
+    if not destination.is_dir() or (any(destination.iterdir()) and not (destination / "config.json").is_file()):
+        raise DestinationExists(
+            f"{destination} is no checkpoint (no config.json), so it is not replaced; choose another"
+        )
 
 
 def _swap(folder: Path, destination: Path) -> None:
