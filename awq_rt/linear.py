@@ -43,8 +43,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    grad_x = linear_grad_op(grad, list(ctx.saved_tensors), ctx.backend, ctx.layout, ctx.in_features)
-    return grad_x, [None] * len(ctx.saved_tensors), None, None, None
+    tensors = list(ctx.saved_tensors)  # once: checkpointing unpacks each time it is asked, and refuses a second time
+    grad_x = linear_grad_op(grad, tensors, ctx.backend, ctx.layout, ctx.in_features)
+    return grad_x, [None] * len(tensors), None, None, None
 
 
 linear_op.register_autograd(_backward, setup_context=_setup_context)
@@ -128,6 +129,9 @@ class AwqLinear(nn.Module):
             raise InvalidInput(f"{self!r}: the input has shape {list(x.shape)}; [..., {self.in_features}] is expected")
         if self.spec is None:
             raise InvalidInput(f"{self!r} holds no weight yet; call bind first")
+        if x.dtype != self.spec.dtype and torch.is_autocast_enabled(x.device.type):
+            cast: Tensor = self(x.to(self.spec.dtype)).to(torch.get_autocast_dtype(x.device.type))
+            return cast
         if x.dtype != self.spec.dtype:
             raise InvalidInput(
                 f"{self!r}: the input is {x.dtype}; {self.spec.dtype} is expected, "

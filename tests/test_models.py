@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, build, config_of, packable
+from tiny import ALL_FAMILIES, build, config_of, packable
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import awq_rt
 from awq_rt.errors import (
     InvalidConfig,
+    InvalidTensor,
     MissingTensor,
     ModelMismatch,
     RemoteCodeRefused,
@@ -32,7 +33,7 @@ from awq_rt.models.experts import AwqExperts
 TOKENS = torch.arange(3, 35).view(2, 16)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=ALL_FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """(a 4-bit checkpoint of the family, the dense model it must agree with)."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -62,6 +63,17 @@ def test_the_model_computes_what_the_dense_one_does(family: tuple[Path, Any]) ->
     assert_agree(model, dense)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_tensor_has_the_dtype_that_transformers_gives_it(family: tuple[Path, Any], dtype: torch.dtype) -> None:
+    folder, dense = family
+    twin = type(dense).from_pretrained(None, config=dense.config, state_dict=dense.state_dict(), dtype=dtype)
+    expected = {name: tensor.dtype for name, tensor in twin.state_dict().items()}
+    model = awq_rt.load(folder, dtype=dtype)
+    found = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert found.items() <= expected.items()
+    assert logits(model).dtype == logits(twin).dtype
+
+
 def test_greedy_generation_uses_the_cache_and_gives_the_same_tokens(family: tuple[Path, Any]) -> None:
     folder, dense = family
     model = awq_rt.load(folder)
@@ -89,6 +101,21 @@ def test_every_layout_loads_to_the_same_model(layout: str, tmp_path: Path) -> No
     assert_agree(model, dense)
     model.save_pretrained(tmp_path / "saved")
     assert awq_rt.open_checkpoint(tmp_path / "saved").layout == layout
+
+
+def test_a_packed_head_is_not_tied_to_the_embedding(tmp_path: Path) -> None:
+    """A tied config.json beside a packed lm_head: the head is a matrix of its own."""
+
+    def head_too(name: str, tensor: Tensor) -> bool:
+        return packable(name, tensor) or name == "lm_head.weight"
+
+    config = config_of("qwen2")
+    config.tie_word_embeddings = False
+    dense = build(tmp_path, config, choose=head_too)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    model = awq_rt.load(tmp_path)
+    assert isinstance(model.lm_head, AwqLinear)
+    assert_agree(model, dense)
 
 
 def test_a_packed_router_is_dequantised(tmp_path: Path) -> None:
@@ -184,9 +211,33 @@ def test_gradients_reach_the_input_of_a_model(llama: Path) -> None:
     assert embeddings.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device_map", ["cpu", "auto", "balanced", {"": "cpu"}])
 def test_device_maps_on_a_machine_without_a_gpu(llama: Path, device_map: Any) -> None:
-    assert torch.equal(logits(awq_rt.load(llama, device_map=device_map, dtype="float32")), logits(awq_rt.load(llama)))
+    model = awq_rt.load(llama, device_map=device_map)
+    assert model.dtype == torch.float32
+    assert torch.equal(logits(model), logits(awq_rt.load(llama)))
+
+
+def test_autocast_works_as_with_dense_linears(llama: Path) -> None:
+    model = awq_rt.load(llama)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(model)
+    assert (found.float() - logits(model)).abs().max() < 16 * 2**-8 * logits(model).abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path, name: str) -> None:
+    build(tmp_path, config_of(name))
+    gradients = []
+    for checkpointing in (False, True):
+        model = awq_rt.load(tmp_path).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        embeddings = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+        model(inputs_embeds=embeddings, use_cache=False).logits.square().sum().backward()
+        gradients.append(embeddings.grad)
+    assert torch.equal(gradients[0], gradients[1])
 
 
 def test_attention_implementations_agree(llama: Path) -> None:
@@ -204,6 +255,10 @@ def test_what_cannot_be_asked_for_is_refused(llama: Path) -> None:
         awq_rt.load(llama, device="cpu", device_map="auto")
     with pytest.raises(UnsupportedDevice, match="disk"):
         awq_rt.load(llama, device_map={"": "disk"})
+    with pytest.raises(TypeError, match="state_dict"):
+        awq_rt.load(llama, state_dict={})
+    with pytest.raises(TypeError, match="HF_HUB_OFFLINE"):
+        awq_rt.load(llama, local_files_only=True)
     with pytest.raises(UnsupportedDevice, match="not a torch device"):
         awq_rt.load(llama, device="gpu")
     with pytest.raises(InvalidConfig, match="attn_implementation 'fast'"):
@@ -235,6 +290,45 @@ def test_a_config_of_another_model_is_refused(llama: Path, tmp_path: Path) -> No
         awq_rt.load(tmp_path / "deeper")
 
 
+def test_a_dense_tensor_of_another_size_is_refused_before_anything_is_allocated(llama: Path) -> None:
+    edit_config(llama, vocab_size=8_000_000)  # 2 GB of embeddings, were they made
+    with pytest.raises(ModelMismatch, match=r"lm_head.weight has shape \[128, 64\]; config.json makes"):
+        awq_rt.load(llama)
+
+
+def test_an_absent_dense_tensor_is_named(llama: Path) -> None:
+    stored = load_file(llama / "model.safetensors")
+    del stored["lm_head.weight"]
+    save_file(stored, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MissingTensor, match=r"lm_head\.weight"):
+        awq_rt.load(llama)
+
+
+def test_torch_dtype_is_understood(llama: Path) -> None:
+    assert awq_rt.load(llama, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_broken_tokenizer_is_a_warning_and_the_model_loads(llama: Path) -> None:
+    (llama / "tokenizer.json").write_text("{")
+    with pytest.warns(UserWarning, match="tokenizer cannot be used"):
+        assert awq_rt.load(llama).tokenizer is None
+
+
+def test_a_broken_generation_config_is_named(llama: Path) -> None:
+    (llama / "generation_config.json").write_text("[")
+    with pytest.raises(InvalidConfig, match=r"generation_config.json"):
+        awq_rt.load(llama)
+
+
+@pytest.mark.parametrize("scales", [torch.zeros(128), torch.full((128,), torch.nan)], ids=["zero", "nan"])
+def test_activation_scales_that_cannot_be_divided_by_are_refused(tmp_path: Path, scales: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        build(tmp_path, config_of("gpt_neox"), extra={"gpt_neox.layers.0.mlp.act.scales": scales})
+    with pytest.raises(InvalidTensor, match=r"layers.0.mlp.act.scales"):
+        awq_rt.load(tmp_path)
+
+
 def test_a_lost_bias_is_an_error(llama: Path) -> None:
     edit_config(llama, attention_bias=True)
     with pytest.raises(MissingTensor, match=r"k_proj\.bias is not in"):
@@ -255,6 +349,8 @@ def test_code_in_a_checkpoint_runs_only_when_asked_for(llama: Path) -> None:
     with pytest.raises(RemoteCodeRefused, match="trust_remote_code=True"):
         awq_rt.load(llama)
     assert not ran.exists()
+    assert awq_rt.load(llama, trust_remote_code=True).dtype == torch.float32
+    assert ran.exists()
 
 
 def test_no_config_is_an_error_that_says_what_to_put_there(llama: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 from awq_rt.conversion import describe, stored_tensors
@@ -69,17 +75,49 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TEXT = {**COMMON, **HEADS, **SPECIAL}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+IMAGE = {"image_size": 28, "patch_size": 14}
+
+VISION_FAMILIES: dict[str, dict[str, Any]] = {  # on disk their text model has other names than in transformers
+    "llava": {
+        "text_config": {"model_type": "llama", **TEXT},
+        "vision_config": {"model_type": "clip_vision_model", "projection_dim": 32, **VISION, **IMAGE},
+        "image_token_index": 120,
+    },
+    "gemma3": {"text_config": {**TEXT, "head_dim": 16}, "vision_config": {**VISION, **IMAGE}},
+    "qwen2_vl": {
+        "text_config": {
+            **TEXT,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+        },
+        "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64},
+        "image_token_id": 120,
+        "video_token_id": 121,
+        "vision_start_token_id": 122,
+        "vision_end_token_id": 123,
+    },
+}
+ALL_FAMILIES = (*FAMILIES, *VISION_FAMILIES)
+
+
 def config_of(family: str) -> Any:
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return AutoConfig.for_model(family, **{**special, **FAMILIES[family]})
+    if family in VISION_FAMILIES:
+        return AutoConfig.for_model(family, **copy.deepcopy(VISION_FAMILIES[family]))
+    return AutoConfig.for_model(family, **{**SPECIAL, **FAMILIES[family]})
 
 
 def packable(name: str, tensor: Tensor) -> bool:
     """What AWQ tools quantise: matrices inside decoder blocks, routers excepted."""
-    inside = any(f".{part}." in name for part in ("layers", "h", "blocks"))
+    inside = any(f".{part}." in name for part in ("layers", "h", "blocks")) and "vis" not in name
     router = name.endswith((".gate.weight", ".shared_expert_gate.weight"))
     fits = tensor.dim() == 2 and tensor.shape[0] % 8 == 0 and tensor.shape[1] % GROUP_SIZE == 0
     return name.endswith(".weight") and inside and fits and not router
+
+
+def rounded(tensor: Tensor) -> Tensor:
+    return tensor.half().to(tensor.dtype) if tensor.is_floating_point() else tensor.clone()
 
 
 def build(
@@ -92,12 +130,15 @@ def build(
 ) -> Any:
     """Write a random model of `config` to `folder` in 4 bits; returns the dense model with the same weights."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type not in VISION_FAMILIES
+    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms are initialised to constants, which would hide mistakes
             parameter.add_(0.05 * torch.randn_like(parameter))
     tied = set(model.all_tied_weights_keys)
-    dense = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in tied}
+    # Dense tensors are in float16 on disk, as in nearly every checkpoint, so that loading has to cast them.
+    dense = {name: rounded(tensor) for name, tensor in model.state_dict().items() if name not in tied}
     dense = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, dense).items()}
     stored = dict(extra or {})
     chosen = [name for name, tensor in dense.items() if choose(name, tensor)]
@@ -109,7 +150,7 @@ def build(
         dense[name] = weight.dequantize().T.contiguous()
     for name, tensor in dense.items():
         if name not in chosen and f"{name.removesuffix('.bias')}.weight" not in chosen:
-            stored[name] = tensor
+            stored[name] = tensor.half() if tensor.is_floating_point() else tensor
     folder.mkdir(parents=True, exist_ok=True)
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     written = config.to_dict() | {"quantization_config": describe(layout, GROUP_SIZE, dense=[])}

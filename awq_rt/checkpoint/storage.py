@@ -1,15 +1,18 @@
 """Tensors in a safetensors file or a pickle, opened lazily and checked before anything is allocated.
 
 safetensors' own reader checks every offset against the file; torch's `weights_only` unpickler builds tensors in plain
-containers and nothing else. Neither is ever bypassed.
+containers, and is shown only pickles that ask for nothing but these. Neither is ever bypassed.
 """
 
 from __future__ import annotations
 
+import mmap
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,16 @@ UNREADABLE = (
 )  # fmt: skip
 """What zipfile and torch.load raise for a file that is cut or mutated."""
 
+PLAIN_GLOBALS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|"
+    r"torch (Size|[A-Z]\w*Storage|b?float\d+|u?int\d+|bool)"
+)
+"""What a pickled state dict may name. Not `builtins bytearray`, nor `torch.storage UntypedStorage` (which only float8
+and unsigned words need): the `weights_only` unpickler would call them with any size that a file asks for.
+"""
+
 REMAP_BYTES = 64 << 20
-"""A mapping is dropped after this much was copied out of it, so that its pages do not add up beside the copies."""
+"""A mapping is left to its views after this much was read from it, so that its pages do not add up beside copies."""
 
 
 def open_file(path: Path) -> SafetensorsFile | PickleFile:
@@ -51,20 +62,19 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._copied = REMAP_BYTES  # the first copy maps anew: views keep the pages they touched to themselves
+        self._read_bytes = 0
         self._file = self._open()
         self.tensors = {name: self._info(name) for name in self._file.keys()}  # noqa: SIM118 (not a mapping)
 
     def read(self, name: str) -> Tensor:
-        if self._copied >= REMAP_BYTES:
-            self._copied = 0
-            self._file = self._open()
-        tensor: Tensor = self._file.get_tensor(name).clone()
-        self._copied += tensor.nbytes
-        return tensor
+        return self.view(name).clone()
 
     def view(self, name: str) -> Tensor:
+        if self._read_bytes >= REMAP_BYTES:
+            self._read_bytes = 0
+            self._file = self._open()
         tensor: Tensor = self._file.get_tensor(name)
+        self._read_bytes += tensor.nbytes
         return tensor
 
     def _open(self) -> Any:
@@ -116,20 +126,43 @@ def _holds_a_shape(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> boo
 def _load(path: Path, size: int) -> object:
     """The unpickled object: mapped where the file is a zip archive, as torch has written them since 1.6."""
     try:
-        archive = zipfile.is_zipfile(path)
+        with path.open("rb") as file:
+            archive = file.read(4) == b"PK\x03\x04"  # torch's own criterion; zipfile's differs
         if archive:
             _check_archive(path, size)
+        for wanted in _globals(path, archive):
+            if not PLAIN_GLOBALS.fullmatch(wanted):
+                raise _unsafe(path, f"it asks for {wanted.replace(' ', '.')}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         # torch's own sentences advise to load the file unsafely; only the name in them is repeated.
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {wanted[1]}" if wanted else "torch.save writes no such pickle"
-        raise UnsafePickle(
-            f"{path} is not a plain state dict, and was not executed ({reason}); "
-            "ask its author for safetensors, or for torch.save(model.state_dict())"
-        ) from error
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise _unsafe(path, f"it asks for {named[1]}" if named else "torch.save writes no such pickle") from error
     except UNREADABLE as error:
         raise CorruptFile(f"{path} cannot be read as a torch file ({error}); download it again") from error
+
+
+def _unsafe(path: Path, reason: str) -> UnsafePickle:
+    return UnsafePickle(
+        f"{path} is not a plain state dict, and was not executed ({reason}); "
+        "ask its author for safetensors, or for torch.save(model.state_dict())"
+    )
+
+
+def _globals(path: Path, archive: bool) -> Iterator[str]:
+    """Every "module name" that the file's pickles ask for, found without unpickling."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        # An archive is read by torch's reader here as in torch.load, so that both see the same record. Before torch 1.6
+        # a file began with five pickles: magic number, protocol, machine, the object, names of storages.
+        pickles: list[Any] = [pages] * 5
+        if archive:
+            pickles = [torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")]
+        for stream in pickles:
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name in ("GLOBAL", "INST"):
+                    yield str(argument)
+                elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+                    yield opcode.name  # protocols that torch.save does not write; the name is on the stack
 
 
 def _check_archive(path: Path, size: int) -> None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import registry
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..errors import InvalidConfig, MissingTensor, ModelMismatch, RemoteCodeRefused, UnsupportedDevice
+from ..errors import InvalidConfig, InvalidTensor, MissingTensor, ModelMismatch, UnsupportedDevice
+from .activation import ScaledActivation
+from .architecture import architecture
+from .dense import DenseTensor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""transformers' words for a device map that is worked out."""
+
+OURS = ("config", "state_dict", "quantization_config", "output_loading_info", "pretrained_model_name_or_path")
+"""Arguments of transformers' `from_pretrained` that `load` itself gives."""
+
+HUB = {"cache_dir": "HF_HOME", "local_files_only": "HF_HUB_OFFLINE=1"}
+"""Arguments that would not reach the download, and the variables that do."""
 
 
 def load(
@@ -30,7 +41,7 @@ def load(
     group_size: int | None = None,
     **model_kwargs: Any,
 ) -> Any:
-    """The model in a local folder or under a hub id, ready to `generate`, with its tokenizer as `model.tokenizer`.
+    """The model in a local folder or file or under a hub id, ready to `generate`, with `model.tokenizer`.
 
     `device` defaults to the best one that an installed backend drives; `device_map` places layers on several, as in
     transformers. `dtype` (of activations and dense weights) defaults to float32 on a CPU, and elsewhere to the
@@ -38,121 +49,103 @@ def load(
     linear. `group_size` is needed only where neither configuration nor tensors state it. `model_kwargs` go to
     transformers' `from_pretrained`.
 
-    Raises a `CheckpointError`, `BackendError` or `UnsupportedDevice` that says what is wrong and what to do.
+    Raises a `CheckpointError`, `BackendError` or `UnsupportedDevice` that says what is wrong and what to do;
+    NotImplementedError for an architecture whose experts awq_rt cannot keep in 4 bits.
     """
+    dtype = _checked(model_kwargs, dtype)
     if backend is not None:
         registry.get(backend)
-    if device is not None and device_map is not None:
-        raise UnsupportedDevice(f"device {str(device)!r} and device_map {device_map!r} were both given; give one")
-    if device_map is None:
-        target = registry.default_device() if device is None else registry.checked_device(device)
-        device_map = {"": target}
+    places = _places(device, device_map)
     checkpoint = open_checkpoint(id_or_path, revision=revision, token=token, group_size=group_size)
-    return from_checkpoint(
-        checkpoint,
-        device_map=device_map,
-        dtype=dtype,
-        backend=backend,
-        kernel=kernel,
-        trust_remote_code=trust_remote_code,
-        model_kwargs={"attn_implementation": attn_implementation, **model_kwargs},
+    if attn_implementation is not None:
+        model_kwargs["attn_implementation"] = attn_implementation
+    model = _from_checkpoint(
+        checkpoint, places, _dtype(dtype, checkpoint, places), backend, kernel, trust_remote_code, model_kwargs
     )
+    model.config._name_or_path = model.name_or_path = str(id_or_path)
+    model.tokenizer = _tokenizer(checkpoint.root, trust_remote_code)
+    return model
 
 
-def from_checkpoint(
+def _from_checkpoint(
     checkpoint: Checkpoint,
-    *,
-    device_map: str | dict[str, Any],
-    dtype: str | torch.dtype | None,
+    places: str | dict[str, Any],
+    dtype: torch.dtype,
     backend: str | None,
     kernel: str,
     trust_remote_code: bool,
     model_kwargs: dict[str, Any],
 ) -> Any:
     """The model of an open checkpoint. transformers gets the dense tensors; the packed ones never pass through it."""
-    from transformers import GenerationConfig
-
     from .quantizer import AwqRtConfig
 
-    config, model_class = _architecture(checkpoint, trust_remote_code)
-    dense: dict[str, Tensor] = {name: checkpoint.view(name) for name in checkpoint.dense}
-    plan = AwqRtConfig(checkpoint, dense, backend, kernel)
-    if model_kwargs.get("attn_implementation") is None:
-        model_kwargs.pop("attn_implementation", None)
+    config, model_class = architecture(checkpoint, trust_remote_code)
+    dense = {name: DenseTensor(checkpoint, name) for name in checkpoint.dense}
     try:
         model, report = model_class.from_pretrained(
             None,
             config=config,
             state_dict=dense,
-            quantization_config=plan,
-            dtype=_dtype(dtype, checkpoint, device_map),
-            device_map=device_map,
+            quantization_config=AwqRtConfig(checkpoint, dense, backend, kernel),
+            dtype=dtype,
+            device_map=places,
             output_loading_info=True,
             **model_kwargs,
         )
     except (ValueError, ImportError) as error:
-        if "attn_implementation" in str(error) or "attention" in str(error).lower():
-            wanted = model_kwargs.get("attn_implementation")
+        wanted = model_kwargs.get("attn_implementation")
+        if wanted is not None and wanted in str(error):
             raise InvalidConfig(f"attn_implementation {wanted!r} cannot be used: {error}") from error
         raise
-    except RuntimeError as error:
-        if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
-            raise ModelMismatch(f"{checkpoint.root}: {error}") from error
-        raise
     if missing := sorted(report["missing_keys"]):
-        raise MissingTensor(
-            f"{checkpoint.root} lacks {len(missing)} tensors of {model_class.__name__}: {', '.join(missing[:5])}"
-        )
+        raise MissingTensor(f"{checkpoint.root} lacks {', '.join(missing[:5])} of {model_class.__name__}")
+    if mismatched := sorted(report["mismatched_keys"]):
+        raise ModelMismatch(f"{checkpoint.root}: {mismatched[0]} has another size than config.json makes it")
+    for path, module in model.named_modules():
+        if isinstance(module, ScaledActivation) and not bool((module.scales.isfinite() & (module.scales != 0)).all()):
+            raise InvalidTensor(
+                f"{checkpoint.root}: {path}.scales hold 0, NaN or infinity; activations are divided by them"
+            )
     model.config.use_cache = True  # AutoAWQ saves false, which would compute the whole prompt again for every token
-    model.config._name_or_path = model.name_or_path = str(checkpoint.root)
-    if (checkpoint.root / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.root)
-    model.generation_config.use_cache = True
-    model.tokenizer = _tokenizer(checkpoint.root, trust_remote_code)
+    _set_generation_config(model, checkpoint.root)
     return model
 
 
-def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
-    """(configuration without its quantisation, model class). Code in the checkpoint is used only when asked for."""
-    import transformers
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    if not checkpoint.config:
-        raise InvalidConfig(f"{checkpoint.root} has no config.json; put that of the original model beside the weights")
-    remote = checkpoint.config.get("auto_map", {})
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        if remote and not trust_remote_code:
-            raise RemoteCodeRefused(
-                f"{checkpoint.root} needs the Python code that comes with it ({', '.join(remote.values())}); "
-                "read it, then pass trust_remote_code=True"
-            ) from error
-        raise ModelMismatch(f"{checkpoint.root}/config.json: {error}") from error
-    for holder in (config, config.get_text_config()):
-        if hasattr(holder, "quantization_config"):
-            del holder.quantization_config
-    if trust_remote_code and "AutoModelForCausalLM" in remote:
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        return config, get_class_from_dynamic_module(remote["AutoModelForCausalLM"], str(checkpoint.root))
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return config, getattr(transformers, name)
-    raise ModelMismatch(
-        f"transformers {transformers.__version__} has no causal language model for {type(config).__name__} "
-        f"(architectures {config.architectures}); a newer release may"
-    )
+def _checked(model_kwargs: dict[str, Any], dtype: str | torch.dtype | None) -> str | torch.dtype | None:
+    """The dtype, under transformers' old name too. Raises TypeError for arguments that could not have their meaning."""
+    for name in model_kwargs:
+        if name in OURS:
+            raise TypeError(f"load() makes {name!r} itself; change the checkpoint's config.json instead")
+        if name in HUB:
+            raise TypeError(f"load() has no argument {name!r}; set the environment variable {HUB[name]}")
+    if "torch_dtype" in model_kwargs:
+        old = model_kwargs.pop("torch_dtype")
+        return old if dtype is None else dtype
+    return dtype
 
 
-def _dtype(dtype: str | torch.dtype | None, checkpoint: Checkpoint, device_map: str | dict[str, Any]) -> torch.dtype:
+def _places(device: str | torch.device | None, device_map: str | dict[str, Any] | None) -> str | dict[str, Any]:
+    """A device map for transformers. Without a GPU that a backend drives, every word for one means the CPU."""
+    if device is not None and device_map is not None:
+        raise UnsupportedDevice(f"device {str(device)!r} and device_map {device_map!r} were both given; give one")
+    if device is not None:
+        return {"": registry.checked_device(device)}
+    if device_map is None or device_map in PLACEMENTS:
+        best = registry.default_device()
+        return {"": best} if device_map is None or best.type == "cpu" else device_map
+    if isinstance(device_map, dict):
+        return device_map
+    return {"": registry.checked_device(device_map)}
+
+
+def _dtype(dtype: str | torch.dtype | None, checkpoint: Checkpoint, places: str | dict[str, Any]) -> torch.dtype:
     own = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if dtype is None and isinstance(device_map, dict) and all(_is_cpu(device) for device in device_map.values()):
+    if dtype is None and isinstance(places, dict) and {str(place) for place in places.values()} <= {"cpu", "cpu:0"}:
         return torch.float32
-    if dtype is None or dtype == "auto":
+    if dtype is None:
         return torch.bfloat16 if own == "bfloat16" else torch.float16
+    if dtype == "auto":
+        return DTYPES.get(str(own), torch.float16)
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
@@ -160,14 +153,26 @@ def _dtype(dtype: str | torch.dtype | None, checkpoint: Checkpoint, device_map: 
     return DTYPES[dtype]
 
 
-def _is_cpu(device: Any) -> bool:
-    return str(device) in ("cpu", "cpu:0", "disk")
+def _set_generation_config(model: Any, root: Path) -> None:
+    from transformers import GenerationConfig
+
+    path = root / "generation_config.json"
+    if path.is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(root)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InvalidConfig(f"{path} cannot be used ({error}); correct or remove it") from error
+    model.generation_config.use_cache = True
 
 
 def _tokenizer(root: Path, trust_remote_code: bool) -> Any:
-    """The checkpoint's tokenizer, or None when it has none (a bare llm-awq pickle)."""
+    """The checkpoint's tokenizer; None when it has none, and with a warning when it cannot be used."""
     from transformers import AutoTokenizer
 
     if not any((root / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
         return None
-    return AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raise whatever their library does; the model is whole without one
+        warnings.warn(f"{root}: the tokenizer cannot be used, so model.tokenizer is None: {error}", stacklevel=3)
+        return None

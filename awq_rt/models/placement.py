@@ -34,19 +34,22 @@ class Placement:
     """Where everything goes.
 
     `linears`: module -> checkpoint name. `experts`: module -> names. `dense`: names packed in the checkpoint where the
-    model has a plain matrix (a router), to be dequantised. `activations`: module -> name of its scales.
+    model has a plain matrix (a router), to be dequantised. `activations`: module -> name of its scales. `targets`: the
+    model's name for each tensor of the checkpoint that is dense.
     """
 
     linears: dict[str, str] = field(default_factory=dict)
     experts: dict[str, Experts] = field(default_factory=dict)
     dense: list[str] = field(default_factory=list)
     activations: dict[str, str] = field(default_factory=dict)
+    targets: dict[str, str] = field(default_factory=dict)
 
 
 def place(model: Any, checkpoint: Checkpoint) -> Placement:
-    """The place of every packed linear in `model`, a transformers model on the meta device.
+    """The place of every tensor of `checkpoint` in `model`, a transformers model on the meta device.
 
-    Raises `ModelMismatch` when the model has no such module or one of another size, `MissingTensor` for a lost bias.
+    Raises `ModelMismatch` when the model has no such module or one of another size, `MissingTensor` for what the model
+    needs and the checkpoint lacks: nothing has been allocated by then.
     """
     rename = _Renaming(model)
     placement = Placement()
@@ -75,11 +78,19 @@ def place(model: Any, checkpoint: Checkpoint) -> Placement:
             )
     for module_name, parameters in parts.items():
         placement.experts[module_name] = _experts(module_name, rename.module(module_name), parameters, checkpoint)
-    for name in checkpoint.dense:
-        if name.endswith(".scales"):
-            path = rename(name)[0].removesuffix(".scales")
-            if (activation := rename.module(path)) is not None and not list(activation.parameters()):
-                placement.activations[path] = name
+    for name, info in checkpoint.dense.items():
+        target, converter, _ = rename(name)
+        placement.targets[name] = target
+        module = rename.module(target.removesuffix(".scales")) if target.endswith(".scales") else None
+        if module is not None and not list(module.parameters()):
+            if len(info.shape) != 1:
+                raise ModelMismatch(f"{name} has shape {list(info.shape)}; an activation's scales are a vector")
+            placement.activations[target.removesuffix(".scales")] = name
+        elif converter is None and target in rename.targets:
+            expected = tuple(rename.targets[target].shape)
+            if info.shape != expected:
+                raise ModelMismatch(f"{name} has shape {list(info.shape)}; config.json makes {target} {list(expected)}")
+    _check_complete(model, placement, checkpoint)
     return placement
 
 
@@ -111,6 +122,25 @@ class _Renaming:
 
     def module(self, path: str) -> nn.Module | None:
         return self._modules.get(path)
+
+
+def _check_complete(model: Any, placement: Placement, checkpoint: Checkpoint) -> None:
+    """Raise `MissingTensor` for parameters that no tensor is for, before they would be made up at random."""
+    found = set(placement.targets.values()) | {f"{name}.weight" for name in placement.dense}
+    packed = tuple(f"{path}." for path in (*placement.linears, *placement.experts))
+    tied: dict[str, str] = model.all_tied_weights_keys
+    same = {name for pair in tied.items() if found & set(pair) for name in pair}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if name not in found | same and not name.startswith(packed) and not any(p.search(name) for p in ignored)
+    ]
+    if missing:
+        raise MissingTensor(
+            f"{checkpoint.root} lacks {len(missing)} tensors of {type(model).__name__}: {', '.join(missing[:5])}; "
+            "the download is not whole, or config.json is of another model"
+        )
 
 
 def _check_fusion(name: str, target: str, converter: Any) -> None:

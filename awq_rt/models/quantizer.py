@@ -6,10 +6,12 @@ transformers loads the dense tensors, places modules on devices and ties weights
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -18,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint
 from ..conversion import quantization_config, stored_tensors
-from ..errors import UnsupportedDevice
+from ..errors import LayoutCannotHold, UnsupportedDevice
 from ..formats import WRITABLE, LinearShape
 from ..linear import AwqLinear
 from ..memory import Trimmer
@@ -34,14 +36,13 @@ METHOD = "awq_rt"
 class AwqRtConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How one load is to be done. Saved with a model it becomes what the checkpoint's layout needs."""
 
-    def __init__(self, checkpoint: Checkpoint, dense: dict[str, Tensor], backend: str | None, kernel: str):
+    def __init__(self, checkpoint: Checkpoint, dense: dict[str, Any], backend: str | None, kernel: str):
         self.quant_method = METHOD
         self.checkpoint: Checkpoint | None = checkpoint
         self.dense = dense  # what transformers will load, by checkpoint name; the quantizer may add to it
         self.backend = backend
         self.kernel = kernel
-        self.layout = checkpoint.layout if checkpoint.layout in WRITABLE else "gemm"
-        self._saved = quantization_config(checkpoint, self.layout)
+        self.layout, self._saved = _saved_as(checkpoint)
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self._saved)
@@ -62,10 +63,15 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
         self.placement = Placement()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values():
+        device_map = kwargs.get("device_map")  # transformers asks again when it has resolved "auto"
+        if not isinstance(device_map, dict):
+            return
+        kinds = {"disk" if place == "disk" else str(place).split(":")[0] for place in device_map.values()}
+        if "disk" in kinds or ("cpu" in kinds and len(kinds) > 1):
             raise UnsupportedDevice(
-                "device_map places modules on 'disk'; packed linears stay in memory: give more devices or max_memory"
+                f"the model does not fit: device_map {device_map} leaves modules on the "
+                f"{'disk' if 'disk' in kinds else 'CPU'}, and packed linears run where they lie; "
+                "give more or larger devices, or device='cpu'"
             )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -80,6 +86,10 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
         for path, name in self.placement.activations.items():
             features = checkpoint.dense[name].shape[0]
             _replace(model, path, ScaledActivation(model.get_submodule(path), features))
+        wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        plan = model._get_dtype_plan(model.dtype)
+        for name, target in self.placement.targets.items():
+            self.quantization_config.dense[name].dtype = _kept_dtype(plan, target) or wanted.get(target)
         for name in self.placement.dense:
             weight = checkpoint[name]
             self.quantization_config.dense[f"{name}.weight"] = weight.dequantize().T.contiguous()
@@ -88,7 +98,7 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         checkpoint = self._checkpoint()
-        self.quantization_config.dense.clear()  # loaded by now; the file pages that were read for them can go
+        self.quantization_config.dense.clear()  # loaded by now
         slow: dict[tuple[str, str], list[str]] = {}
         filled, memory = list(self._linears(model)), Trimmer()
         for linear, names in logging.tqdm(filled, desc="Packing weights"):
@@ -112,9 +122,19 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The model as a checkpoint stores it, in the layout it came in (gemm where that cannot be written)."""
+        """The model as a checkpoint stores it, in the layout it came in (gemm where that cannot be written).
+
+        Under the model's own names: transformers gives them those of the checkpoint, as it does for dense tensors.
+        """
         state = dict(model.state_dict())
-        for linear, names in self._linears(model):
+        saved: list[tuple[AwqLinear, tuple[str, ...]]] = [
+            (linear, (path,)) for path, linear in self._plain_linears(model)
+        ]
+        for path, experts in self.placement.experts.items():
+            for linear, names in _expert_linears(model.get_submodule(path), experts):
+                # `path.17.up_proj` from `model.layers.3.mlp.experts.17.up_proj`
+                saved.append((linear, tuple(f"{path}.{'.'.join(name.rsplit('.', 2)[1:])}" for name in names)))
+        for linear, names in saved:
             weight = linear.weight_canonical().to("cpu")
             for name, part in zip(names, _split(weight, len(names)), strict=True):
                 stored = stored_tensors(part, self.quantization_config.layout)
@@ -138,10 +158,29 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _linears(self, model: Any) -> Iterator[tuple[AwqLinear, tuple[str, ...]]]:
         """Every packed linear of the model with the checkpoint names that make it up."""
-        for path, name in self.placement.linears.items():
-            yield model.get_submodule(path), (name,)
+        for path, linear in self._plain_linears(model):
+            yield linear, (self.placement.linears[path],)
         for path, experts in self.placement.experts.items():
             yield from _expert_linears(model.get_submodule(path), experts)
+
+    def _plain_linears(self, model: Any) -> Iterator[tuple[str, AwqLinear]]:
+        for path in self.placement.linears:
+            yield path, model.get_submodule(path)
+
+
+def _saved_as(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
+    """(layout, quantization_config) with which a loaded checkpoint is saved again."""
+    layout = checkpoint.layout if checkpoint.layout in WRITABLE else "gemm"
+    try:
+        return layout, quantization_config(checkpoint, layout)
+    except LayoutCannotHold:  # several group sizes
+        return "compressed-tensors", quantization_config(checkpoint, "compressed-tensors")
+
+
+def _kept_dtype(plan: dict[str, torch.dtype], name: str) -> torch.dtype | None:
+    """float32 where the architecture asks for it whatever the model's dtype, else None."""
+    patterns = ((re.escape(key).replace(r"\*", ".*"), dtype) for key, dtype in plan.items())
+    return next((dtype for pattern, dtype in patterns if re.search(pattern, name)), None)
 
 
 def _expert_linears(module: AwqExperts, experts: Experts) -> Iterator[tuple[AwqLinear, tuple[str, ...]]]:
