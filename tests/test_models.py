@@ -338,7 +338,8 @@ def test_a_lost_bias_is_an_error(llama: Path) -> None:
 def test_code_in_a_checkpoint_runs_only_when_asked_for(llama: Path) -> None:
     ran = llama / "ran"
     code = (
-        f"open({str(ran)!r}, 'w')\nfrom transformers import LlamaConfig as CustomConfig, LlamaForCausalLM as Custom\n"
+        f"import pathlib; pathlib.Path({str(ran)!r}).touch()\n"
+        "from transformers import LlamaConfig as CustomConfig, LlamaForCausalLM as Custom\n"
     )
     (llama / "custom.py").write_text(code)
     edit_config(
