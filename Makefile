@@ -9,7 +9,7 @@ PROMPT ?= What is the capital of France, and what is it known for?
 # The transformers releases that `make test-transformers` runs the model tests on, beside the newest in `make test`.
 TRANSFORMERS ?= 5.16.0 5.17.0
 
-.PHONY: help demo test lint test-wheels test-transformers bench clean
+.PHONY: help demo test test-gpu lint test-wheels test-transformers bench bench-kernels kernel-resources clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -20,6 +20,9 @@ demo: $(VENV)/.runtime $(MODEL)  ## quantise a small real model and let it answe
 
 test: $(VENV)/.development lint  ## lint, types, every test that needs no GPU
 	$(BIN)/python -m pytest
+
+test-gpu:  ## the tests that need a GPU, with the python3 and the torch of this machine
+	PYTHONPATH=.:backends/reference:backends/cuda $(PYTHON) -m pytest tests/gpu
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -43,6 +46,13 @@ bench: $(VENV)/.development  ## the figures of benchmarks/ that need no GPU
 	$(BIN)/python tools/bench_reference.py
 	$(BIN)/python tools/bench_load.py
 
+bench-kernels:  ## the figures of benchmarks/ that need an NVIDIA GPU, with the python3 and the torch of this machine
+	PYTHONPATH=.:backends/reference:backends/cuda $(PYTHON) tools/bench_kernels.py \
+	  --models 7b 8b 70b qwen7b --json benchmarks/kernels-h100.json
+
+kernel-resources: $(VENV)/.development  ## registers, shared memory and spills of every CUDA kernel and target
+	$(BIN)/python tools/kernel_resources.py
+
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(VENV)-transformers demo dist build
 
@@ -56,7 +66,7 @@ $(VENV)/.runtime: $(VENV)/bin/pip pyproject.toml backends/reference/pyproject.to
 	touch $@
 
 $(VENV)/.development: $(VENV)/bin/pip pyproject.toml backends/reference/pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e backends/reference -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e backends/reference -e backends/cuda -e '.[dev]'
 	touch $@ $(VENV)/.runtime
 
 $(MODEL): $(VENV)/.runtime

@@ -1,0 +1,278 @@
+"""A linear whose weight lies in tiles: what was decided when it was packed, and the launch for each number of rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awq_rt.backend import LinearSpec, Packed
+from awq_rt.rtc import Builder, Program
+from awq_rt.weights import AwqWeight
+
+from . import dequantize, gemm, packing, selection
+from .driver import Kernel, Shape, current_stream, shared_bytes_per_block
+from .gemm import Kind, Variant
+from .nvrtc import Nvrtc, target
+from .packing import STRIP, TILE_DEPTH
+
+PREFIX = "tiles"
+SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+GEMM_ARGUMENTS, SUM_ARGUMENTS, DEQUANTIZE_ARGUMENTS = 12, 5, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A tiled weight's `Packed.layout`, parsed. Tensors: codes, zeros, scales and, with a bias, float32 bias."""
+
+    in_features: int
+    out_features: int
+    group_size: int
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    bias_dtype: torch.dtype | None
+    kernel: str
+
+    def __str__(self) -> str:
+        parts = [PREFIX, self.in_features, self.out_features, self.group_size]
+        parts += [_name(self.dtype), _name(self.scale_dtype), _name(self.bias_dtype), self.kernel]
+        return " ".join(map(str, parts))
+
+    @staticmethod
+    def parse(text: str) -> Layout:
+        _, k, n, g, dtype, scale_dtype, bias_dtype, kernel = text.split()
+        bias = DTYPES.get(bias_dtype)
+        return Layout(int(k), int(n), int(g), DTYPES[dtype], DTYPES[scale_dtype], bias, kernel)
+
+    @property
+    def kernel_group_size(self) -> int:
+        return packing.kernel_group_size(self.in_features, self.group_size)
+
+    @property
+    def strips(self) -> int:
+        return -(-self.out_features // STRIP)
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.in_features // TILE_DEPTH)
+
+    @property
+    def groups(self) -> int:
+        return self.tiles * TILE_DEPTH // self.kernel_group_size
+
+    @property
+    def repeats(self) -> int:
+        """Kernel groups that share one of the weight's groups."""
+        return max(1, self.group_size // self.kernel_group_size)
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.dtype == torch.float16, SCALE_KINDS[self.scale_dtype], self.kernel_group_size)
+
+
+def pack(weight: AwqWeight, spec: LinearSpec) -> Packed:
+    """`weight` in tiles, on its own device."""
+    bias_dtype = None if weight.bias is None else weight.bias.dtype
+    layout = Layout(
+        spec.in_features, spec.out_features, spec.group_size, spec.dtype, weight.scales.dtype, bias_dtype, spec.kernel
+    )
+    tensors = [
+        packing.pack_codes(weight.codes),
+        packing.pack_zeros(weight.zeros, layout.repeats, layout.groups),
+        packing.pack_scales(weight.scales, layout.repeats, layout.groups),
+    ]
+    if weight.bias is not None:
+        tensors.append(weight.bias.float().contiguous())
+    return Packed(str(layout), tuple(tensors))
+
+
+def unpack(packed: Packed) -> AwqWeight:
+    """The exact inverse of `pack`."""
+    layout = Layout.parse(packed.layout)
+    codes, zeros, scales, *bias = packed.tensors
+    groups = layout.in_features // layout.group_size
+    return AwqWeight(
+        packing.unpack_codes(codes, layout.in_features, layout.out_features),
+        packing.unpack_zeros(zeros, layout.repeats, groups, layout.out_features),
+        packing.unpack_scales(scales, layout.repeats, groups, layout.out_features),
+        bias[0].to(layout.bias_dtype) if bias and layout.bias_dtype is not None else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A product's kernel, its launch, the sizes it is told, and the kernel that adds its parts where it leaves any."""
+
+    kernel: Kernel
+    shape: Shape
+    sizes: tuple[int, ...]
+    adder: Kernel | None
+    split: int
+
+
+class TiledLinear:
+    """The kernels of one layout on one device. Compiled all at once by `build`, never in the middle of a generation."""
+
+    def __init__(self, layout: Layout, device_index: int) -> None:
+        self.layout = layout
+        self.device_index = device_index
+        self.target = target_of(device_index)
+        self.arch = target(f"sm_{self.target.arch}")
+        self._gemm: dict[int, tuple[Variant, Kernel, Kernel | None]] = {}
+        self._launches: dict[int, Launch] = {}
+        self._dequantize_from = selection.DEQUANTIZE_FROM if layout.kernel == "auto" else 1 << 62
+
+    def variants(self) -> list[Variant]:
+        """Every variant that `linear` may use."""
+        return list(dict.fromkeys(self.variant(step) for step in self.steps()))
+
+    def steps(self) -> list[int]:
+        """The members of `selection.ROW_STEPS` that this layout's family may use."""
+        return sorted({selection.row_step(m, self.layout.kernel) for m in selection.ROW_STEPS})
+
+    def programs(self) -> list[Program]:
+        """Every program that `linear` may need."""
+        kind = self.layout.kind
+        found = [variant.program(kind, self.arch) for variant in self.variants()]
+        found += [gemm.sum_program(kind, v.split, self.arch) for v in self.variants() if v.to_partials]
+        if self.layout.kernel == "auto":
+            found.append(dequantize.program(kind, self.arch))
+        return found
+
+    def build(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile and load all that `linear` may need."""
+        builder().machine_codes(self.programs(), progress)
+        for step in self.steps():
+            self._gemm_kernels(step)
+        if self.layout.kernel == "auto":
+            load_dequantize(self.layout.kind, self.device_index)
+
+    def linear(self, x: Tensor, packed: Packed) -> Tensor:
+        """`x` [M, K], contiguous and 16-byte aligned -> [M, N]. The device is current."""
+        m = x.shape[0]
+        if m >= self._dequantize_from:
+            return self._by_blas(x, packed)
+        y = torch.empty(m, self.layout.out_features, dtype=x.dtype, device=x.device)
+        if m == 0:
+            return y
+        codes, zeros, scales, *bias = packed.tensors
+        launch = self._launches.get(m) or self._launch(m)
+        bias_pointer = bias[0].data_ptr() if bias else 0
+        stream = current_stream(self.device_index)
+        out = y
+        if launch.adder is not None:
+            out = torch.empty(launch.split, *y.shape, dtype=torch.float32, device=x.device)
+        launch.kernel.launch(
+            launch.shape,
+            stream,
+            codes.data_ptr(),
+            scales.data_ptr(),
+            zeros.data_ptr(),
+            bias_pointer,
+            x.data_ptr(),
+            out.data_ptr(),
+            *launch.sizes,
+        )
+        if launch.adder is not None:
+            quads = self.layout.out_features // 4
+            shape = gemm.sum_shape(m, self.layout.out_features)
+            launch.adder.launch(shape, stream, out.data_ptr(), bias_pointer, y.data_ptr(), quads, m * quads)
+        return y
+
+    def _launch(self, m: int) -> Launch:
+        """What a product of `m` rows needs beside its tensors; kept, because finding it costs as much as a launch."""
+        layout = self.layout
+        variant, kernel, adder = self._gemm_kernels(selection.row_step(m, layout.kernel))
+        sizes = (m, layout.out_features, layout.in_features, layout.strips, layout.tiles, layout.groups)
+        launch = Launch(kernel, variant.shape(m, layout.out_features), sizes, adder, variant.split)
+        self._launches[m] = launch
+        return launch
+
+    def weight(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """W as `dtype` [N, K], each weight rounded once."""
+        codes, zeros, scales, *_ = packed.tensors
+        layout = self.layout
+        w = torch.empty(layout.out_features, layout.in_features, dtype=dtype, device=codes.device)
+        load_dequantize(layout.kind, self.device_index).launch(
+            dequantize.shape(layout.strips, layout.tiles),
+            current_stream(self.device_index),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            zeros.data_ptr(),
+            w.data_ptr(),
+            layout.out_features,
+            layout.in_features,
+            layout.tiles,
+            layout.groups,
+        )
+        return w
+
+    def _by_blas(self, x: Tensor, packed: Packed) -> Tensor:
+        bias = packed.tensors[3] if len(packed.tensors) > 3 else None
+        w = self.weight(packed, x.dtype)
+        if bias is None:
+            return x @ w.T
+        if self.layout.bias_dtype == x.dtype:
+            return torch.addmm(bias.to(x.dtype), x, w.T)
+        # A wider bias would be rounded before it is added: it is added to the float32 result instead.
+        return (torch.mm(x, w.T, out_dtype=torch.float32) + bias).to(x.dtype)
+
+    def variant(self, step: int) -> Variant:
+        """The variant that serves the number of rows `step`."""
+        return selection.choose(step, self.layout.strips, self.layout.tiles, self.layout.kind, self.target)
+
+    def _gemm_kernels(self, step: int) -> tuple[Variant, Kernel, Kernel | None]:
+        if step not in self._gemm:
+            self._gemm[step] = load(self.variant(step), self.layout.kind, self.device_index)
+        return self._gemm[step]
+
+
+@functools.cache
+def load(variant: Variant, kind: Kind, device_index: int) -> tuple[Variant, Kernel, Kernel | None]:
+    """`variant` compiled and loaded, with the kernel that adds its partial results where it leaves any."""
+    arch = target(f"sm_{target_of(device_index).arch}")
+    code = builder().machine_code(variant.program(kind, arch))
+    kernel = Kernel(code, variant.entry, device_index, GEMM_ARGUMENTS, variant.shared_bytes)
+    if not variant.to_partials:
+        return variant, kernel, None
+    code = builder().machine_code(gemm.sum_program(kind, variant.split, arch))
+    return variant, kernel, Kernel(code, "sum_parts", device_index, SUM_ARGUMENTS)
+
+
+@functools.cache
+def load_dequantize(kind: Kind, device_index: int) -> Kernel:
+    """The kernel of dequantize.cu compiled and loaded."""
+    arch = target(f"sm_{target_of(device_index).arch}")
+    code = builder().machine_code(dequantize.program(kind, arch))
+    return Kernel(code, "dequantize_tiles", device_index, DEQUANTIZE_ARGUMENTS)
+
+
+@functools.cache
+def plan(layout: str, device_index: int) -> TiledLinear:
+    """The plan for a `Packed.layout`."""
+    return TiledLinear(Layout.parse(layout), device_index)
+
+
+@functools.cache
+def builder() -> Builder:
+    return Builder(Nvrtc())
+
+
+@functools.cache
+def target_of(device_index: int) -> selection.Target:
+    properties = torch.cuda.get_device_properties(device_index)
+    return selection.Target(
+        properties.major * 10 + properties.minor,
+        properties.multi_processor_count,
+        shared_bytes_per_block(device_index),
+        properties.shared_memory_per_multiprocessor,
+        properties.max_threads_per_multi_processor,
+    )
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,283 @@
+"""Time the CUDA kernels beside cuBLAS and torch's int4 operator; needs an NVIDIA GPU.
+
+    python tools/bench_kernels.py --json benchmarks/kernels-h100.json
+
+Each figure is the median of CUDA-graph replays over copies of the weight that together exceed the L2 cache several
+times, so weights come from device memory. A result is checked against float64 before it is timed. The floor of a shape
+is the bare cost of a kernel plus its packed bytes over the read bandwidth, which is measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from awq_rt_cuda import backend, driver, selection, tiled
+from awq_rt_cuda.driver import Kernel, Shape
+from torch import Tensor
+
+from awq_rt.backend import Packed
+from awq_rt.rtc import Program
+from awq_rt.testing import excess
+from awq_rt.testing.conformance import spec_of
+from awq_rt.weights import AwqWeight
+
+SHAPES = {
+    "7b": ((4096, 4096), (4096, 12288), (4096, 22016), (11008, 4096)),
+    "8b": ((4096, 6144), (4096, 28672), (14336, 4096)),
+    "70b": ((8192, 8192), (8192, 10240), (28672, 8192)),
+    "qwen7b": ((3584, 4608), (18944, 3584)),
+}
+ROWS = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64, 96, 128, 300, 512, 1000, 2048, 8192)
+ROTATED_BYTES = 220e6
+LAUNCH_US = 1.65
+"""The floor's constant: a kernel that reads nothing, in a chain of a graph. NVIDIA H100 80GB HBM3, 2026-11-22."""
+
+READ = r"""
+extern "C" __global__ void __launch_bounds__(1024, 2) read_all(
+    const uint4* p,          // [count] device memory to read
+    unsigned int* out,       // [1] never written; it keeps the reads
+    unsigned long long count) {
+    unsigned int seen = 0;
+    unsigned long long step = (unsigned long long)gridDim.x * 1024;
+    for (unsigned long long i = (unsigned long long)blockIdx.x * 1024 + threadIdx.x; i < count; i += step * 4)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (i + j * step < count) {
+                uint4 v = __ldg(p + i + j * step);
+                seen |= v.x ^ v.y ^ v.z ^ v.w;
+            }
+    if (seen == 0x12345678u && count == 1) *out = seen;
+}
+"""
+
+
+def main() -> int:
+    """Measure, print the tables, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=["7b", "8b"], choices=sorted(SHAPES))
+    parser.add_argument("--rows", nargs="*", type=int, default=list(ROWS))
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no NVIDIA GPU that torch can use; nothing measured", file=sys.stderr)
+        return 1
+    torch.manual_seed(0)
+    read_tbps = read_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: reads {read_tbps:.3f} TB/s; the floor is {LAUNCH_US} us + bytes / that")
+    rows = []
+    for model in options.models:
+        for k, n in SHAPES[model]:
+            rows += shape_rows(k, n, options.group_size, getattr(torch, options.dtype), options.rows, read_tbps)
+    print_summary(rows)
+    chain = {model: chain_us(SHAPES[model], options.group_size) for model in options.models}
+    for model, us in chain.items():
+        print(f"chain of the linears of {model} at M=1, each kernel started early: {us:.1f} us")
+    if options.json is not None:
+        record = {
+            "device": torch.cuda.get_device_name(),
+            "date": datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d"),
+            "commit": commit(),
+            "command": "python tools/bench_kernels.py " + " ".join(sys.argv[1:]),
+            "torch": torch.__version__,
+            "read_tbps": round(read_tbps, 4),
+            "chain_us": {model: round(us, 2) for model, us in chain.items()},
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def shape_rows(
+    k: int, n: int, group_size: int, dtype: torch.dtype, row_counts: list[int], read_tbps: float
+) -> list[dict[str, object]]:
+    """One record for each number of rows of one shape."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    weight = random_weight(k, n, group_size, dtype, device)
+    packed = backend.pack(weight, spec_of(weight, dtype), device)
+    packed_bytes = k * n // 2 + k // group_size * n * 5 // 2
+    copies = rotated([packed], packed_bytes, lambda p: Packed(p.layout, tuple(t.clone() for t in p.tensors)))
+    dense = rotated([weight.dequantize(torch.float32).to(dtype).T.contiguous()], 2 * k * n, Tensor.clone)
+    int4 = torch_int4(weight) if dtype == torch.float16 else None
+    floor_us = LAUNCH_US + packed_bytes / read_tbps / 1e6
+    found: list[dict[str, object]] = []
+    for m in row_counts:
+        x = torch.randn(m, k, device=device, dtype=dtype)
+        error = excess(backend.linear(x, packed), x, weight)
+        if not error <= 1:
+            raise SystemExit(f"{k}x{n}, M {m}: the result is {error:.3g} times the bound off; nothing is timed")
+        record: dict[str, object] = {"k": k, "n": n, "group_size": group_size, "m": m, "dtype": str(dtype)[6:]}
+        ours = functools.partial(lambda x, i: backend.linear(x, copies[i]), x)
+        record["us"] = round(graph_us(ours, len(copies)), 3)
+        with plain_launches():
+            record["plain_us"] = round(graph_us(ours, len(copies)), 3)
+        record["floor_us"] = round(floor_us, 3)
+        record["cublas_us"] = round(graph_us(functools.partial(lambda x, i: x @ dense[i].T, x), len(dense)), 3)
+        if int4 is not None and m <= 32:
+            record["torch_int4_us"] = round(graph_us(functools.partial(int4, x), INT4_COPIES), 3)
+        record["error_over_bound"] = round(error, 3)
+        plan = tiled.plan(packed.layout, device.index)
+        step = selection.row_step(m, "auto")
+        record["variant"] = "dequantize + cuBLAS" if m >= selection.DEQUANTIZE_FROM else str(plan.variant(step))
+        found.append(record)
+        us, plain, cublas = (float(str(record[key])) for key in ("us", "plain_us", "cublas_us"))
+        print(
+            f"{k:6}x{n:<6} M {m:<5} {us:8.2f} us ({us / floor_us:.2f} of the floor; "
+            f"plain launches {plain / floor_us:.2f}), cuBLAS {cublas:8.2f} ({cublas / us:.2f}x)  {record['variant']}",
+            flush=True,
+        )
+    return found
+
+
+def random_weight(k: int, n: int, group_size: int, dtype: torch.dtype, device: torch.device) -> AwqWeight:
+    def integers(rows: int) -> Tensor:
+        return torch.randint(0, 16, (rows, n), dtype=torch.uint8, device=device)
+
+    scales = torch.rand(k // group_size, n, device=device) * 0.02 + 0.001
+    return AwqWeight(integers(k), integers(k // group_size), scales.to(dtype))
+
+
+def rotated(first: list, size: int, copy: Callable) -> list:  # type: ignore[type-arg]
+    """`first` and copies of its one element, together at least `ROTATED_BYTES`."""
+    return first + [copy(first[0]) for _ in range(max(1, math.ceil(ROTATED_BYTES / size)) - 1 or 1)]
+
+
+INT4_COPIES = 8
+
+
+def torch_int4(weight: AwqWeight) -> Callable[[Tensor, int], Tensor] | None:
+    """torch's own int4 product on the same codes, in bfloat16: timed, not checked. None where there is none."""
+    k, group_size = weight.in_features, weight.group_size
+    codes = weight.codes.T.contiguous()
+    try:
+        packed = torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8)
+        scales = torch.stack((weight.scales, weight.scales), dim=2).bfloat16().contiguous()
+        torch._weight_int4pack_mm(torch.zeros(1, k, device=codes.device).bfloat16(), packed, group_size, scales)
+    except (RuntimeError, AttributeError):
+        return None
+    copies = [(packed.clone(), scales.clone()) for _ in range(INT4_COPIES)]
+    inputs: dict[int, Tensor] = {}
+
+    def run(x: Tensor, index: int) -> Tensor:
+        if x.shape[0] not in inputs:
+            inputs[x.shape[0]] = x.bfloat16()
+        return torch._weight_int4pack_mm(inputs[x.shape[0]], copies[index][0], group_size, copies[index][1])
+
+    return run
+
+
+def graph_us(run: Callable[[int], object], count: int, replays: int = 11) -> float:
+    """The median time of one of `count` calls captured in a graph and replayed."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        run(0)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for index in range(count):
+                run(index)
+        warm_up(graph, stream)
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
+        for start, end in events:
+            start.record(stream)
+            graph.replay()
+            end.record(stream)
+        stream.synchronize()
+    return float(statistics.median(start.elapsed_time(end) for start, end in events) * 1000 / count)
+
+
+def warm_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+    """Replay until the clocks have risen: an idle GPU's first 20 ms measured up to a fifth slower."""
+    end = time.monotonic() + 0.03
+    while time.monotonic() < end:
+        graph.replay()
+        stream.synchronize()
+
+
+class plain_launches:  # noqa: N801  # used as a statement's verb
+    """Within it, kernels start when the one before has ended."""
+
+    def __enter__(self) -> None:
+        os.environ[driver.NO_OVERLAP] = "1"
+        self._forget()
+
+    def __exit__(self, *_: object) -> None:
+        del os.environ[driver.NO_OVERLAP]
+        self._forget()
+
+    def _forget(self) -> None:
+        for cached in (driver.may_overlap, tiled.load, tiled.load_dequantize, tiled.plan):
+            cached.cache_clear()
+
+
+def chain_us(shapes: tuple[tuple[int, int], ...], group_size: int) -> float:
+    """One row through each of `shapes`, one after the other, per round; several rounds with weights of their own."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    linears = []
+    size = 0
+    while size < ROTATED_BYTES:
+        for k, n in shapes:
+            weight = random_weight(k, n, group_size, torch.float16, device)
+            linears.append(
+                (torch.randn(1, k, device=device).half(), backend.pack(weight, spec_of(weight, torch.float16), device))
+            )
+            size += k * n // 2
+    us = graph_us(lambda i: backend.linear(*linears[i]), len(linears))
+    return us * len(shapes)
+
+
+def read_bandwidth() -> float:
+    """TB/s of a kernel that only reads 4 GB."""
+    data = torch.randint(0, 255, (1 << 32,), dtype=torch.uint8, device="cuda")
+    index = torch.cuda.current_device()
+    arch = f"sm_{tiled.target_of(index).arch}"
+    program = Program((("read.cu", READ),), (), arch)
+    kernel = Kernel(tiled.builder().machine_code(program), "read_all", index, 3)
+    kernel.overlap = False
+    shape = Shape((2 * tiled.target_of(index).multiprocessors, 1, 1), 1024)
+
+    def run(_: int) -> None:
+        kernel.launch(shape, driver.current_stream(index), data.data_ptr(), data.data_ptr(), data.numel() // 16)
+
+    return data.numel() / graph_us(run, 1) / 1e6
+
+
+def print_summary(rows: list[dict[str, object]]) -> None:
+    """Geometric means over the shapes, a line for each number of rows."""
+    print("\n    M   time / floor   plain / floor   speed / cuBLAS   (geometric means)")
+    for m in sorted({int(str(row["m"])) for row in rows}):
+        chosen = [
+            {key: float(str(row[key])) for key in ("us", "plain_us", "floor_us", "cublas_us")}
+            for row in rows
+            if row["m"] == m
+        ]
+        early = geometric_mean([row["us"] / row["floor_us"] for row in chosen])
+        plain = geometric_mean([row["plain_us"] / row["floor_us"] for row in chosen])
+        speed = geometric_mean([row["cublas_us"] / row["us"] for row in chosen])
+        print(f"{m:5} {early:14.2f} {plain:15.2f} {speed:16.2f}")
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "uncommitted"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
