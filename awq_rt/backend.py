@@ -57,7 +57,7 @@ class Backend(Protocol):
         """None when `pack` and `linear` will work for `spec` on `device`, else the reason."""
 
     def pack(self, weight: AwqWeight, spec: LinearSpec, device: torch.device) -> Packed:
-        """The weight in this backend's form, complete on `device`. `weight` may lie on the CPU or already on `device`."""
+        """The weight in this backend's form, complete on `device`. `weight` may lie on the CPU or on `device`."""
 
     def unpack(self, packed: Packed) -> AwqWeight:
         """The exact inverse of `pack`, on the packed tensors' device."""

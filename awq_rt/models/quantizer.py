@@ -61,6 +61,11 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: AwqRtConfig, **kwargs: Any):
         super().__init__(quantization_config, **{**kwargs, "pre_quantized": True})
         self.placement = Placement()
+        self.dtype = torch.float32  # of activations; told by `update_dtype`
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self.dtype = dtype  # `model.dtype` is that of its first parameter, which may be kept in float32
+        return dtype
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")  # transformers asks again when it has resolved "auto"
@@ -87,7 +92,7 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
             features = checkpoint.dense[name].shape[0]
             _replace(model, path, ScaledActivation(model.get_submodule(path), features))
         wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        plan = model._get_dtype_plan(model.dtype)
+        plan = model._get_dtype_plan(self.dtype)
         for name, target in self.placement.targets.items():
             self.quantization_config.dense[name].dtype = _kept_dtype(plan, target) or wanted.get(target)
         for name in self.placement.dense:
@@ -106,7 +111,7 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
             weights = [checkpoint.read(name, device) for name in names]
             weight = weights[0] if len(weights) == 1 else AwqWeight.concatenate(weights)
             config = self.quantization_config
-            choice = linear.bind(weight, model.dtype, device, backend=config.backend, kernel=config.kernel)
+            choice = linear.bind(weight, self.dtype, device, backend=config.backend, kernel=config.kernel)
             memory.worked_through(sum(tensor.nbytes for tensor in linear.packed.tensors))
             if device.type != "cpu" and choice.backend.priority == 0 and config.backend is None:
                 why = "; ".join(f"{name}: {refusal}" for name, refusal in choice.refusals)
