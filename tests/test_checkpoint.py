@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from builders import INFERRED, LAYOUTS, quantization_of, some_weights, stored, write_json, write_layout, write_shards
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from awq_rt.checkpoint import Checkpoint, open_checkpoint
+from awq_rt.cli.inspect import inspect
 from awq_rt.errors import (
     ConfigMismatch,
     InvalidTensor,
@@ -99,6 +101,13 @@ def test_compressed_tensors_may_mix_group_sizes(tmp_path: Path) -> None:
     stated["config_groups"]["group_1"] = quantization_of("compressed-tensors", 32)["config_groups"]["group_0"]
     checkpoint = open_checkpoint(write_layout(tmp_path, weights, "compressed-tensors", quantization=stated))
     assert same(checkpoint, weights)
+
+
+def test_a_number_of_any_length_in_a_name_sorts_as_a_number(tmp_path: Path) -> None:
+    long, longer = "9" * 5000, "1" + "0" * 5000
+    names = ["layers.2.up", "layers.10.up", f"layers.{long}.up", f"layers.{longer}.up"]
+    weights = some_weights(dict.fromkeys(reversed(names), (64, 8, 64)))
+    assert list(open_checkpoint(write_layout(tmp_path, weights, "gemm"))) == names
 
 
 def test_auto_rounds_symmetric_export_keeps_its_constant_zero_points(tmp_path: Path) -> None:
@@ -309,6 +318,35 @@ def test_a_linear_without_inputs_is_invalid(tmp_path: Path, layout: str, group_s
     write_shards(tmp_path, {f"a.{suffix}": tensor for suffix, tensor in EMPTY[layout].items()})
     with pytest.raises(InvalidTensor, match=r"a\."):
         open_checkpoint(tmp_path, group_size=group_size)
+
+
+OUTPUT_AXES = {
+    "gemm": (1, 1), "marlin": (1, 1), "gemv": (0, 0), "compressed-tensors": (0, 0), "gemv_fast": (0, 1),
+    "llm-awq": (0, 1),
+}  # fmt: skip
+"""Which axis of the words, and which of the scales and zeros, are the outputs."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("what", ["no outputs", "no inputs", "no groups"])
+@pytest.mark.parametrize("group_size", [None, 64, -1])
+def test_a_linear_of_no_size_is_invalid_in_every_layout(
+    tmp_path: Path, layout: str, what: str, group_size: int | None
+) -> None:
+    whole = stored(hurtful_weight(kind_for(layout), 128, 64, 64), layout)
+    for suffix, tensor in whole.items():
+        words = suffix in ("qweight", "weight_packed")
+        outputs = OUTPUT_AXES[layout][0 if words else 1]
+        if suffix == "weight_shape":
+            whole[suffix] = torch.tensor([0 if what == "no outputs" else 64, 0 if what == "no inputs" else 128])
+        elif what == "no outputs" or words is (what == "no inputs"):
+            axis = outputs if what == "no outputs" else 1 - outputs
+            whole[suffix] = tensor.narrow(axis, 0, 0).contiguous()
+    write_shards(tmp_path, {f"a.{suffix}": tensor for suffix, tensor in whole.items()})
+    with pytest.raises(InvalidTensor, match=r"a\..* is empty; a linear has inputs, outputs and groups"):
+        open_checkpoint(tmp_path, group_size=group_size)
+    inspected = CliRunner().invoke(inspect, [str(tmp_path)])
+    assert isinstance(inspected.exception, InvalidTensor), inspected.exception
 
 
 @pytest.mark.parametrize("layout", PADDED)

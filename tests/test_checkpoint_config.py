@@ -162,6 +162,23 @@ def test_optional_keys_of_compressed_tensors_may_be_absent() -> None:
     assert (stated.group_size, stated.zero_point) == (64, False)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("transform_config", {}), ("transform_config", None), ("transform_config", {"config_groups": {}}),
+     ("sparsity_config", {}), ("sparsity_config", None),
+     ("sparsity_config", {"format": "dense", "global_sparsity": 0.13, "sparsity_structure": "unstructured"})],
+)  # fmt: skip
+def test_a_statement_that_nothing_was_rotated_or_sparse_parses(key: str, value: Any) -> None:
+    assert parse(changed(key, to=value), "here").group_size == 128
+
+
+@pytest.mark.parametrize("scheme", [None, {"num_bits": 8, "type": "float"}], ids=["none", "FP8"])
+def test_a_quantised_cache_is_warned_of(tmp_path: Path, scheme: Any) -> None:
+    stated = quantization_of("compressed-tensors", 64) | {"kv_cache_scheme": scheme}
+    checkpoint = open_checkpoint(write_layout(tmp_path, some_weights(), "compressed-tensors", quantization=stated))
+    assert any("kv_cache_scheme" in warning for warning in checkpoint.warnings) is (scheme is not None)
+
+
 def test_groups_of_different_sizes_leave_the_size_to_the_tensors() -> None:
     stated = changed(
         "config_groups", "group_1", to=quantization_of("compressed-tensors", 64)["config_groups"]["group_0"]
@@ -191,6 +208,12 @@ FOREIGN: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "4-bit floats": (changed(*SCHEME, "type", to="float"), "type 'float'"),
     "quantised activations": (changed(*GROUP, "input_activations", to={"num_bits": 8}), "quantises activations too"),
     "a reordered weight": (changed(*SCHEME, "actorder", to="group"), "actorder 'group'"),
+    "rotations": (
+        changed("transform_config", to={"config_groups": {"R1": {"type": "hadamard", "apply": []}}}),
+        "has a transform_config (rotations"),
+    "rotations in words": (changed("transform_config", to="spinquant"), "has a transform_config"),
+    "sparse words": (changed("sparsity_config", to={"format": "sparse-24-bitmask"}), "has a sparsity_config"),
+    "sparsity of no format": (changed("sparsity_config", to={"sparsity_structure": "2:4"}), "has a sparsity_config"),
     "a scale a tensor": (changed(*SCHEME, "strategy", to="tensor"), "strategy 'tensor'"),
 }  # fmt: skip
 

@@ -180,6 +180,45 @@ def test_pickled_shards_have_an_index_too(tmp_path: Path) -> None:
     assert all(checkpoint[name].equal(weight) for name, weight in weights.items())
 
 
+STALE = {"weight_map": {"old.weight": "pytorch_model-00001-of-00001.bin"}}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "awq_model.safetensors"])
+def test_a_stale_index_of_pickles_does_not_go_before_safetensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = write_layout(tmp_path / "source", some_weights(), "gemm")
+    (folder / "model.safetensors").rename(folder / name)
+    write_json(folder / "pytorch_model.bin.index.json", STALE)
+    (folder / "pytorch_model-00001-of-00001.bin").write_bytes(b"never opened")
+    assert [path.name for path in locate(folder).weights] == [name]
+    hub = Hub(folder, tmp_path / "snapshot")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    assert len(open_checkpoint("owner/model")) == 2
+    assert hub.fetched == {"config.json", "pytorch_model.bin.index.json", name}
+
+
+def test_an_index_of_safetensors_goes_before_a_whole_file_and_everything_else(sharded: Path) -> None:
+    write_json(sharded / "pytorch_model.bin.index.json", STALE)
+    (sharded / "model.safetensors").write_bytes(b"never opened")
+    assert locate(sharded).index == weight_map(sharded)
+
+
+def test_pickles_with_an_index_are_fetched_by_it_though_mistrals_own_format_lies_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_layout(tmp_path / "source", some_weights(), "gemm", pickle=True)
+    (folder / "pytorch_model.bin").rename(folder / "pytorch_model-1.bin")
+    (folder / "pytorch_model-2.bin").write_bytes(b"not named by the index")
+    (folder / "consolidated.safetensors").write_bytes(b"never opened")
+    names = torch.load(folder / "pytorch_model-1.bin", weights_only=True)
+    write_json(folder / "pytorch_model.bin.index.json", {"weight_map": dict.fromkeys(names, "pytorch_model-1.bin")})
+    hub = Hub(folder, tmp_path / "snapshot")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    assert len(open_checkpoint("owner/model")) == 2
+    assert "pytorch_model-2.bin" not in hub.fetched
+
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

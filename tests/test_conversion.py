@@ -76,11 +76,7 @@ def test_what_autoawq_wrote_goes_through_every_layout_and_back(shared: Path, tmp
     before, after = (load_file(folder / "model.safetensors") for folder in (source, here))
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor.view(torch.uint8), after[k].view(torch.uint8)) for k, tensor in before.items())
-    config, was = config_of(here), config_of(source)
-    # On the way, compressed-tensors had to name what is not packed.
-    assert config["quantization_config"].pop("modules_to_not_convert") == ["model.embed_tokens"]
-    assert was["quantization_config"].pop("modules_to_not_convert") is None
-    assert config == was
+    assert config_of(here) == config_of(source)
 
 
 @settings(max_examples=40, derandomize=True, deadline=None, database=None)
@@ -172,6 +168,120 @@ def test_compressed_tensors_ignore_every_matrix_that_is_not_packed(tmp_path: Pat
     stated = config_of(tmp_path / "target")["quantization_config"]
     assert stated["ignore"] == ["lm_head", "model.gate"]
     assert stated["config_groups"]["group_0"]["weights"]["group_size"] == 64
+
+
+def converted_config(source: Path, *layouts: str) -> dict[str, Any]:
+    """The `quantization_config` after `source` was converted to each of `layouts` in turn."""
+    for layout in layouts:
+        target = source.with_name(f"{source.name} {layout}")
+        convert(source, target, layout)
+        source = target
+    stated: dict[str, Any] = config_of(source)["quantization_config"]
+    return stated
+
+
+def matrices(*names: str) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": torch.rand(8, 16) for name in names}
+
+
+MIXTURE = ["model.layers.0.mlp.experts.0.gate_proj", "model.layers.1.mlp.experts.0.up_proj"]
+VISION = ["model.visual.blocks.0.attn.qkv", "model.visual.merger.mlp.0"]
+
+
+@pytest.mark.parametrize(
+    ("packed", "dense", "skipped", "expected"),
+    [
+        (MIXTURE, ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"], [],
+         ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]),
+        (["model.layers.0.block_sparse_moe.experts.0.w1"], ["model.layers.0.block_sparse_moe.gate"], ["gate"],
+         ["gate"]),
+        (MIXTURE, ["model.layers.0.mlp.gate"], ["gate"], ["model.layers.0.mlp.gate"]),
+        (MIXTURE, VISION, ["visual", "lm_head"], ["visual"]),
+        (MIXTURE, VISION, [], VISION),
+        (MIXTURE, ["model.embed_tokens", "lm_head", "transformer.wte", "gpt_neox.embed_in", "embed_out"], [], None),
+        (MIXTURE, ["model.vision_embed_tokens.img_projection.0"], ["vision_embed_tokens"], ["vision_embed_tokens"]),
+        (["model.layers.10.mlp.up_proj"], ["model.layers.1.mlp.up_proj"], ["model.layers.1"],
+         ["model.layers.1.mlp.up_proj"]),
+        (MIXTURE, ["model.layers.0.mlp.gate"], [""], ["model.layers.0.mlp.gate"]),
+    ],
+    ids=["routers", "AutoAWQ's own for Mixtral", "the same that would hit a packed linear", "a part of a name",
+         "a vision tower", "embeddings and outputs", "a module that is called embedding", "layers 1 and 10", "nothing"],
+)  # fmt: skip
+def test_an_awq_configuration_skips_what_is_dense_and_nothing_packed(
+    tmp_path: Path, packed: list[str], dense: list[str], skipped: list[str], expected: list[str] | None
+) -> None:
+    source = {**quantization_of("gemm", 64), "modules_to_not_convert": skipped}
+    weights = some_weights(dict.fromkeys(packed, (64, 64, 64)))
+    write_layout(tmp_path / "source", weights, "gemm", dense=matrices(*dense), quantization=source)
+    assert converted_config(tmp_path / "source", "gemv")["modules_to_not_convert"] == expected
+    assert convert(tmp_path / "source", tmp_path / "again", "gemm").losses == ()
+    direct = config_of(tmp_path / "again")["quantization_config"]
+    assert converted_config(tmp_path / "source", "compressed-tensors", "gemm") == direct
+    ignored = config_of(tmp_path / "source compressed-tensors")["quantization_config"]["ignore"]
+    assert set(dense) <= set(ignored)
+    assert not any(name in ignored for name in packed)
+
+
+def test_a_router_whose_name_begins_a_packed_linears_is_reported(tmp_path: Path) -> None:
+    packed = ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.experts.0.gate_proj"]
+    routers = ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    weights = some_weights(dict.fromkeys(packed, (64, 64, 64)))
+    write_layout(tmp_path / "source", weights, "gemm", dense=matrices(*routers))
+    (loss,) = convert(tmp_path / "source", tmp_path / "gemv", "gemv").losses
+    assert loss.startswith("modules_to_not_convert cannot name model.layers.0.mlp.gate, which is not packed")
+    stated = config_of(tmp_path / "gemv")["quantization_config"]["modules_to_not_convert"]
+    assert stated == ["model.layers.1.mlp.gate"]
+    assert convert(tmp_path / "source", tmp_path / "ct", "compressed-tensors").losses == ()
+
+
+def test_patterns_of_compressed_tensors_become_the_names_that_they_mean(tmp_path: Path) -> None:
+    stated = {**quantization_of("compressed-tensors", 64), "ignore": ["lm_head", "re:.*mlp.gate$", "re:.*visual.*"]}
+    dense = matrices("model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "model.visual.blocks.0.attn.qkv", "lm_head")
+    weights = some_weights(dict.fromkeys(MIXTURE, (64, 64, 64)))
+    write_layout(tmp_path / "source", weights, "compressed-tensors", dense=dense, quantization=stated)
+    assert converted_config(tmp_path / "source", "gemm")["modules_to_not_convert"] == [
+        "model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "model.visual.blocks.0.attn.qkv",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["lm_head", "language_model.lm_head"])
+def test_a_packed_output_is_said_to_be_packed(tmp_path: Path, name: str) -> None:
+    weights = some_weights({"model.layers.0.mlp.up_proj": (64, 64, 64), name: (64, 64, 64)})
+    write_layout(tmp_path / "source", weights, "gemm")
+    assert converted_config(tmp_path / "source", "compressed-tensors")["ignore"] == []
+    assert converted_config(tmp_path / "source compressed-tensors", "gemm")["lm_head"] is True
+    assert converted_config(tmp_path / "source", "gemv")["lm_head"] is True
+
+
+def test_several_group_sizes_become_several_groups_of_compressed_tensors(tmp_path: Path) -> None:
+    weights = some_weights({"a": (128, 64, 64), "b": (128, 64, 32), "c": (64, 64, 64)})
+    write_layout(tmp_path / "source", weights, "gemm", quantization={"quant_method": "awq", "version": "gemm"})
+    groups = converted_config(tmp_path / "source", "compressed-tensors")["config_groups"]
+    found = [(group["targets"], group["weights"]["group_size"]) for group in groups.values()]
+    assert found == [(["b"], 32), (["a", "c"], 64)]
+    converted = open_checkpoint(tmp_path / "source compressed-tensors")
+    assert all(converted[name].equal(weight) for name, weight in weights.items())
+    assert converted_config(tmp_path / "source compressed-tensors", "compressed-tensors")["config_groups"] == groups
+
+
+def test_beside_a_single_file_only_the_models_own_files_come_along(tmp_path: Path) -> None:
+    downloads = write_layout(tmp_path / "Downloads", some_weights(), "gemm", pickle=True)
+    for name in ("tokenizer.json", "passwords.txt", "diary.json"):
+        (downloads / name).write_text("{}")
+    convert(downloads / "pytorch_model.bin", tmp_path / "target", "gemv")
+    names = {path.name for path in (tmp_path / "target").iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["a file", "a link, as in the hub's cache"])
+def test_not_even_force_replaces_the_folder_of_a_single_file(tmp_path: Path, linked: bool) -> None:
+    source = write_layout(tmp_path / "Downloads", some_weights(), "gemm") / "model.safetensors"
+    if linked:
+        source.rename(tmp_path / "blob")
+        source.symlink_to(tmp_path / "blob")
+    with pytest.raises(DestinationExists, match="holds the source"):
+        convert(source, source.parent, "gemv", force=True)
+    assert len(open_checkpoint(source)) == 2
 
 
 def test_one_group_a_column_is_stated_as_such(tmp_path: Path) -> None:

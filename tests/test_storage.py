@@ -119,6 +119,66 @@ def test_parameters_come_back_without_their_gradient(tmp_path: Path) -> None:
     assert not file.view("scales").requires_grad
 
 
+@pytest.mark.parametrize("archive", [True, False], ids=["zip archive", "before torch 1.6"])
+def test_a_modules_state_dict_of_any_dtype_reads_back(tmp_path: Path, archive: bool) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    integers = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
+    state = module.state_dict()  # an OrderedDict with _metadata
+    state |= {str(dtype): torch.ones(3, dtype=dtype) for dtype in floats + integers}
+    state |= {f"parameter.{name}": parameter for name, parameter in module.named_parameters()}
+    torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=archive)
+    file = open_file(tmp_path / "model.pt")
+    assert all(torch.equal(file.read(name), tensor) for name, tensor in state.items())
+
+
+class Hoard:
+    """Unpickling this calls `function` with a size, which takes that much memory."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[int]]:
+        return (self.function, (1 << 40,))
+
+
+@pytest.mark.parametrize("function", [bytearray, torch.UntypedStorage], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("archive", [True, False], ids=["zip archive", "before torch 1.6"])
+@pytest.mark.parametrize("place", ["value", "key"])
+def test_what_would_take_any_amount_of_memory_is_refused_unloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], archive: bool, place: str
+) -> None:
+    hoard = Hoard(function)
+    value = {"a": torch.ones(2), **({"b": hoard} if place == "value" else {hoard: 1})}
+    torch.save(value, tmp_path / "model.pt", _use_new_zipfile_serialization=archive)
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(UnsafePickle, match=rf"asks for \w+(\.\w+)*\.{function.__name__}\b"):
+        open_file(tmp_path / "model.pt")
+
+
+def test_the_names_of_storages_behind_an_old_pickle_are_looked_at_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    names = pickle.dumps([], protocol=2)
+    assert whole.endswith(names)
+    path.write_bytes(whole.removesuffix(names) + pickle.dumps(Hoard(bytearray), protocol=2))
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(UnsafePickle, match=r"asks for __builtin__\.bytearray"):
+        open_file(path)
+
+
+def test_a_hoard_of_173_bytes_behind_a_zip_that_only_zipfile_sees_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(Hoard(bytearray), path, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}, protocol=2))
+    with pytest.raises(UnsafePickle, match="bytearray"):
+        open_file(path)
+
+
 class Payload:
     """Unpickling this makes a folder: the proof that code ran."""
 
@@ -196,18 +256,20 @@ def test_the_results_of_a_search_are_not_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "tensor"),
+    ("tensor", "error", "message"),
     [
-        ("stride 0", torch.zeros(1, dtype=torch.int32).expand(1 << 40, 1 << 10)),
-        ("sparse", torch.eye(3).to_sparse()),
-        ("no content", torch.empty(3, device="meta")),
+        (torch.zeros(1, dtype=torch.int32).expand(1 << 40, 1 << 10), CorruptFile, r"layer\.qweight"),
+        (torch.eye(3).to_sparse(), UnsafePickle, r"asks for torch\._utils\._rebuild_sparse_tensor"),
+        (torch.empty(3, device="meta"), UnsafePickle, r"asks for torch\._utils\._rebuild_meta_tensor_no_storage"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["stride 0", "sparse", "no content"],
 )
-def test_a_pickled_tensor_that_is_not_whole_in_the_file_is_refused(tmp_path: Path, what: str, tensor: Tensor) -> None:
+def test_a_pickled_tensor_that_is_not_whole_in_the_file_is_refused(
+    tmp_path: Path, tensor: Tensor, error: type[CheckpointError], message: str
+) -> None:
     path = tmp_path / "model.pt"
     torch.save({"layer.qweight": tensor}, path)
-    with pytest.raises(CorruptFile, match=r"layer\.qweight"):
+    with pytest.raises(error, match=message):
         open_file(path)
 
 

@@ -97,12 +97,50 @@ def test_small_files_come_along_and_old_statements_do_not(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == {"new": True}
 
 
-def test_linked_small_files_are_copied_as_files(tmp_path: Path) -> None:
-    (tmp_path / "beside").mkdir()
-    (tmp_path / "blob").write_text("content")
-    (tmp_path / "beside" / "tokenizer.json").symlink_to(tmp_path / "blob")
-    write_checkpoint(tmp_path / "new", TENSORS.items(), {}, beside=tmp_path / "beside")
-    assert not (tmp_path / "new" / "tokenizer.json").is_symlink()
+@pytest.mark.parametrize("subfolder", [".", "awq"])
+def test_links_into_the_blobs_of_the_hubs_cache_are_copied_as_files(tmp_path: Path, subfolder: str) -> None:
+    (tmp_path / "cache" / "blobs").mkdir(parents=True)
+    (tmp_path / "cache" / "blobs" / "0123").write_text("content")
+    beside = tmp_path / "cache" / "snapshots" / "main" / subfolder
+    beside.mkdir(parents=True)
+    (beside / "tokenizer.json").symlink_to(os.path.relpath(tmp_path / "cache" / "blobs" / "0123", beside))
+    (tmp_path / "linked").symlink_to(beside)
+    for number, folder in enumerate((beside, tmp_path / "linked")):
+        write_checkpoint(tmp_path / f"new {number}", TENSORS.items(), {}, beside=folder)
+        copy = tmp_path / f"new {number}" / "tokenizer.json"
+        assert (copy.read_text(), copy.is_symlink()) == ("content", False)
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "other").write_text("not of this cache")
+    (beside / "real.json").write_text("content")
+    (beside / "tokenizer.json").symlink_to(beside / "real.json")
+    (beside / "notes.txt").symlink_to(tmp_path / "secret")
+    (beside / "vocab.json").symlink_to(os.path.relpath(tmp_path / "secret", beside))
+    (beside / "merges.txt").symlink_to(tmp_path / "blobs" / "other")
+    (beside / "lost.json").symlink_to(tmp_path / "nowhere")
+    write_checkpoint(tmp_path / "new", TENSORS.items(), {}, beside=beside)
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert names == {"config.json", "model.safetensors", "real.json", "tokenizer.json"}
+
+
+def test_beside_a_single_file_only_well_known_names_are_copied(tmp_path: Path) -> None:
+    downloads = tmp_path / "Downloads"
+    downloads.mkdir()
+    kept = {
+        "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+        "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "preprocessor_config.json",
+        "spiece.model",
+    }  # fmt: skip
+    left = {"passwords.txt", "diary.json", "script.py", "other.model", "my_tokenizer.json", "config.json", "other.pt"}
+    for name in kept | left | {"model.pt"}:
+        (downloads / name).write_text("{}")
+    write_checkpoint(tmp_path / "new", TENSORS.items(), {}, beside=downloads / "model.pt")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == kept | {"config.json", "model.safetensors"}
 
 
 def test_the_folder_has_the_rights_of_any_new_folder(tmp_path: Path) -> None:

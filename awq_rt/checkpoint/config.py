@@ -112,6 +112,7 @@ def _layouts(raw: Mapping[str, Any], source: str, method: str) -> tuple[str, ...
 
 
 def _parse_compressed_tensors(raw: Mapping[str, Any], source: str) -> QuantizationConfig:
+    _check_nothing_beside_packing(raw, source)
     groups = raw.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise InvalidConfig(f"{source} has no config_groups; a compressed-tensors configuration needs one")
@@ -142,6 +143,16 @@ def _parse_compressed_tensors(raw: Mapping[str, Any], source: str) -> Quantizati
     ignore = _names(raw, source, "ignore")
     layouts = ("compressed-tensors",)
     return QuantizationConfig(source, "compressed-tensors", layouts, frozenset(sizes), zero_point, ignore, raw)
+
+
+def _check_nothing_beside_packing(raw: Mapping[str, Any], source: str) -> None:
+    """Raise `UnsupportedFormat` for what changes the weights, or what they are multiplied with, beside the packing."""
+    transform, sparsity = raw.get("transform_config"), raw.get("sparsity_config")
+    if transform and not (isinstance(transform, dict) and transform.get("config_groups") == {}):
+        raise UnsupportedFormat(f"{source} has a transform_config (rotations as of SpinQuant), which awq_rt cannot run")
+    # llm-compressor writes "dense" of weights that it has measured and found not to be sparse.
+    if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
+        raise UnsupportedFormat(f"{source} has a sparsity_config (sparse weights), which awq_rt cannot read")
 
 
 def _integer(raw: Mapping[str, Any], source: str, *keys: str) -> int | None:

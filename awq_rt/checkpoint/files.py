@@ -14,8 +14,8 @@ from ..errors import CheckpointNotFound, CorruptFile, HubUnavailable, InvalidCon
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors", "*.pt", "*.bin")
-"""In order of preference where there is no index: the first pattern that matches is used."""
+WEIGHTS = (INDEXES[0], "model.safetensors", "*.safetensors", INDEXES[1], "pytorch_model.bin", "*.pt", "*.bin")
+"""Indexes and weights in order of preference: the first that is there is used."""
 
 SHARD = re.compile(r"(.+)-(\d{1,5})-of-(\d{1,5})\.(safetensors|bin|pt)")
 
@@ -27,9 +27,13 @@ NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state|consolid
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFiles:
-    """A checkpoint on this machine. `index` maps tensors to file names where an index says so, else None."""
+    """A checkpoint on this machine. `index` maps tensors to file names where an index says so, else None.
+
+    `source` is the folder `root`, or the one file in it that was asked for.
+    """
 
     root: Path
+    source: Path
     weights: tuple[Path, ...]
     index: dict[str, str] | None
 
@@ -41,7 +45,7 @@ def locate(id_or_path: str | Path, *, revision: str | None = None, token: str | 
     """
     name = str(id_or_path)
     if path := _existing(name):
-        return CheckpointFiles(path.parent, (path,), None) if path.is_file() else _in_folder(path)
+        return CheckpointFiles(path.parent, path, (path,), None) if path.is_file() else _in_folder(path)
     if HUB_ID.fullmatch(name) and not name.endswith((".pt", ".bin", ".safetensors")):
         return _in_folder(_fetch(name, revision, token))
     raise CheckpointNotFound(f"{name!r} is not a file or folder here, and not a hub id (like 'owner/model')")
@@ -68,19 +72,21 @@ def _existing(name: str) -> Path | None:
 
 
 def _in_folder(root: Path) -> CheckpointFiles:
-    for index_name in INDEXES:
-        if (root / index_name).is_file():
-            return _from_index(root, index_name)
     for pattern in WEIGHTS:
-        found = (path for path in sorted(root.glob(pattern)) if path.is_file())
-        weights = [path for path in found if not NOT_WEIGHTS.fullmatch(path.name)]
-        if weights:
+        if weights := _matching(root, pattern):
+            if pattern in INDEXES:
+                return _from_index(root, pattern)
             _check_numbering(root, weights)
-            return CheckpointFiles(root, tuple(weights), None)
+            return CheckpointFiles(root, root, tuple(weights), None)
     raise CheckpointNotFound(
-        f"{root} holds no weights; expected one of {', '.join((*INDEXES, *WEIGHTS))}; "
+        f"{root} holds no weights; expected one of {', '.join(WEIGHTS)}; "
         f"found {', '.join(sorted(path.name for path in root.iterdir())[:12]) or 'nothing'}"
     )
+
+
+def _matching(root: Path, pattern: str) -> list[Path]:
+    """The files of that name in the folder, training states and the like excepted."""
+    return [path for path in sorted(root.glob(pattern)) if path.is_file() and not NOT_WEIGHTS.fullmatch(path.name)]
 
 
 def _check_numbering(root: Path, weights: list[Path]) -> None:
@@ -115,7 +121,7 @@ def _from_index(root: Path, index_name: str) -> CheckpointFiles:
             f"{root / index_name} names {len(names)} files, of which {len(missing)} are missing: "
             f"{', '.join(missing[:5])}; download them again"
         )
-    return CheckpointFiles(root, tuple(root / name for name in names), weight_map)
+    return CheckpointFiles(root, root, tuple(root / name for name in names), weight_map)
 
 
 def _fetch(repository: str, revision: str | None, token: str | None) -> Path:
@@ -142,13 +148,11 @@ def _fetch(repository: str, revision: str | None, token: str | None) -> Path:
 
     try:
         root = fetch(list(SMALL_FILES))
-        for index_name in INDEXES:
-            if (root / index_name).is_file():
-                return fetch(sorted(set(_weight_map(root, index_name).values())))
         for pattern in WEIGHTS:
-            root = fetch([pattern])
-            if any(root.glob(pattern)):
-                break
+            if pattern not in INDEXES:
+                root = fetch([pattern])
+            if _matching(root, pattern):
+                return fetch(sorted(set(_weight_map(root, pattern).values()))) if pattern in INDEXES else root
     except GatedRepoError as error:
         raise HubUnavailable(f"{repository} needs permission: ask for it on its page, then pass token=") from error
     except RepositoryNotFoundError as error:

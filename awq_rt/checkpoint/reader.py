@@ -68,11 +68,13 @@ class Checkpoint(Mapping[str, AwqWeight]):
     """A 4-bit AWQ checkpoint: `checkpoint[name]` reads the linear `name` as an `AwqWeight`.
 
     `linears` are the packed linears by name, `dense` the headers of all other tensors, `layout` the one packing of the
-    checkpoint, `config` the contents of config.json, `quantization` what it says of the quantisation.
+    checkpoint, `config` the contents of config.json, `quantization` what it says of the quantisation, `source` the
+    folder (`root`) or the one file in it that was opened.
     """
 
     def __init__(self, files: CheckpointFiles, group_size: int | None = None):
         self.root = files.root
+        self.source = files.source
         self.config, self.quantization = read_config(files.root)
         self._files = tuple(open_file(path) for path in files.weights)
         self._home = _homes(self._files, files.index, files.root)
@@ -81,6 +83,7 @@ class Checkpoint(Mapping[str, AwqWeight]):
         if not packed:
             raise _not_quantized(files.root, infos)
         layouts = {name: identify(name, stored) for name, stored in packed.items()}
+        _check_not_empty(packed)
         self.layout = _one_layout(layouts, self.quantization)
         self._group_size_said = _group_size_said(group_size, self.quantization)
         configured = self.quantization.group_size if group_size is None else group_size
@@ -117,6 +120,8 @@ class Checkpoint(Mapping[str, AwqWeight]):
         found = []
         if "quantization_config" not in self.config and not self.quantization.raw:
             found.append(f"{self.root} says nothing of its quantisation; everything was inferred from the tensors")
+        if self.quantization.raw.get("kv_cache_scheme") is not None:
+            found.append(f"{self.quantization.source} has a kv_cache_scheme; awq_rt does not quantise the cache")
         if self.config.get("use_cache") is False:
             found.append("config.json has use_cache false, which AutoAWQ leaves behind; awq_rt uses the cache")
         skipped = [n for n in self.linears if any(n == s or n.endswith("." + s) for s in self.quantization.skipped)]
@@ -251,8 +256,9 @@ def _grouped(infos: Mapping[str, TensorInfo]) -> tuple[dict[str, dict[str, Tenso
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Layer 10 after layer 9."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+    """Layer 10 after layer 9. Of two numbers the longer is the larger: no digits are converted, however many."""
+    parts = ((part, part.lstrip("0")) for part in name.split("."))
+    return [(len(digits), digits) if part.isdecimal() else (-1, part) for part, digits in parts]
 
 
 def _not_quantized(root: Path, infos: Mapping[str, TensorInfo]) -> UnsupportedFormat | NotQuantized:
@@ -278,6 +284,13 @@ def _one_layout(layouts: Mapping[str, Layout], config: QuantizationConfig) -> st
             "correct the configuration if the tensors are right"
         )
     return found
+
+
+def _check_not_empty(packed: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+    for stored in packed.values():
+        for info in stored.values():
+            if 0 in info.shape:
+                raise InvalidTensor(f"{info} is empty; a linear has inputs, outputs and groups")
 
 
 def _check_bias(linear: StoredLinear) -> None:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ MAX_SHARD_BYTES = 2 << 30
 REWRITTEN = ("config.json", "quant_config.json", "quantize_config.json", *INDEXES)
 
 
+KNOWN_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "generation_config.json", "chat_template*", "preprocessor_config.json",
+    "processor_config.json",
+)  # fmt: skip
+"""What is copied from beside a single file, which may lie in a folder of anything: Downloads, a home."""
+
+
 def write_checkpoint(
     destination: Path,
     tensors: Iterable[tuple[str, Tensor]],
@@ -33,12 +42,16 @@ def write_checkpoint(
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write `tensors` as shards, `config` as config.json, and copies of the small files (tokenizer) in `beside`.
+    """Write `tensors` as shards, `config` as config.json, and copies of the small files (tokenizer) in the
+    folder `beside`, or of those with well-known names beside the file `beside`.
 
     Raises `DestinationExists` (unless `force`), or `WriteError`; the destination is then as it was.
     """
-    if beside is not None and destination.resolve() in beside.resolve().parents:
-        raise DestinationExists(f"{destination} holds the source {beside}; choose another name")
+    if beside is not None:
+        # A file of the hub's cache is a link: neither what it leads to nor the folder that it is in may go.
+        holders = {*beside.resolve().parents, *(beside.parent.resolve() / beside.name).parents}
+        if destination.resolve() in holders:
+            raise DestinationExists(f"{destination} holds the source {beside}; choose another name")
     with _appearing(destination, force) as folder:
         _write_shards(folder, tensors, max_shard_bytes)
         (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
@@ -46,10 +59,24 @@ def write_checkpoint(
             shutil.copyfile(source, folder / source.name)
 
 
-def _small_files(folder: Path | None) -> Iterator[Path]:
-    if folder is not None:
-        for pattern in SMALL_FILES:
-            yield from (path for path in sorted(folder.glob(pattern)) if path.name not in REWRITTEN and path.is_file())
+def _small_files(beside: Path | None) -> Iterator[Path]:
+    if beside is None:
+        return
+    folder, names = (beside.parent, KNOWN_FILES) if beside.is_file() else (beside, ("*",))
+    for path in sorted({path for pattern in SMALL_FILES for path in folder.glob(pattern)}):
+        known = path.name not in REWRITTEN and any(fnmatchcase(path.name, name) for name in names)
+        if known and path.is_file() and _belongs(path, folder.resolve()):
+            yield path
+
+
+def _belongs(path: Path, folder: Path) -> bool:
+    """Whether the file's content lies in its `folder`, or in the blobs of the hub's cache that the folder is part of.
+
+    A link may lead to any file of the user's, which a converted checkpoint would then publish.
+    """
+    snapshots = next((parent for parent in folder.parents if parent.name == "snapshots"), None)
+    homes = [folder] if snapshots is None else [folder, snapshots.parent / "blobs"]
+    return any(path.resolve().is_relative_to(home) for home in homes)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
