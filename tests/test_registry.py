@@ -50,6 +50,18 @@ BROKEN = {
         "AWQ-BACKEND-013",
         "times the bound",
     ),
+    "tired": (
+        "from awq_rt.devices import Refusal\nclass backend(Base):\n    name = 'tired'\n"
+        "    def supports(self, spec, device):\n        return Refusal('TIRED-001', 'it is tired', 'let it sleep')\n",
+        "AWQ-BACKEND-013",
+        "refuses every linear on cpu",
+    ),
+    "reuses": (
+        "class backend(Base):\n    name = 'reuses'\n    kept = {}\n    def linear(self, x, packed):\n"
+        "        y = super().linear(x, packed)\n        return self.kept.setdefault((y.shape, y.dtype), y).copy_(y)\n",
+        "AWQ-BACKEND-013",
+        "wrote a later result over an earlier one",
+    ),
     "waits": (
         "from awq_rt.devices import Device, Probe\nclass backend(Base):\n    name = 'waits'\n"
         "    def probe(self):\n        return Probe((Device('xpu', 0, 'Some GPU', 'some', 'gen1', 0),))\n"

@@ -1,7 +1,7 @@
 """The specification's result on a CPU, straight from the packed rows, with operators that torch already carries.
 
 `quantized::embedding_bag_4bit_rowwise_offsets` sums rows of 4-bit codes weighted by float32 factors. With one bag a
-group and x as the factors it is a 4-bit matrix-vector product in float32: bag g is the sum of `x[k] * codes[k, :]` in g.
+group and x as the factors it is a 4-bit matrix-vector product in float32: bag g sums `x[k] * codes[k, :]` over group g.
 Scale and zero point are applied to the bags, so nothing is dequantised and each weight is read once at half a byte.
 
 Why not torch's own CPU int4 matmul (`_weight_int4pack_mm_for_cpu`): it is vectorised for bfloat16 only, and there it
@@ -67,6 +67,9 @@ def _by_tiles(x: Tensor, rows: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _bag_indices(count: int, in_features: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Row numbers of every bag's members, and where each bag starts, for `count` rows of x."""
-    indices = torch.arange(in_features, dtype=torch.int32).repeat(count)
-    return indices, torch.arange(0, count * in_features, group_size, dtype=torch.int32)
+    """Row numbers of every bag's members, and where each bag starts, for `count` rows of x.
+
+    They are kept: on the CPU, whatever device is the default when they are made.
+    """
+    indices = torch.arange(in_features, dtype=torch.int32, device="cpu").repeat(count)
+    return indices, torch.arange(0, count * in_features, group_size, dtype=torch.int32, device="cpu")
