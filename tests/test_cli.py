@@ -144,6 +144,8 @@ def test_the_version_is_that_of_the_package() -> None:
         (["generate", "model", "hi", "--temperature", "-1"], "x>=0"),
         (["generate", "model", "hi", "--top-p", "0"], "0<x<=1"),
         (["generate", "model", "hi", "--dtype", "int8"], "float16"),
+        (["generate", "model", "hi", "--seed", "1"], "add --temperature"),
+        (["generate", "model", "hi", "--seed", "1", "--temperature", "0"], "the answer is greedy"),
         (["convert", "source"], "Missing argument 'DST'"),
         (["convert", "source", "destination"], "Missing option '--to'"),
         (["convert", "source", "destination", "--to", "gptq"], "not one of gemm, gemv, gemv_fast, compressed-tensors"),
@@ -303,6 +305,47 @@ def test_a_repetition_penalty_changes_a_greedy_answer(model: Path, loads: list[d
     assert run("generate", model, "abc", "--max-new-tokens", 24, "--repetition-penalty", 5).stdout != plain
 
 
+def test_what_the_checkpoint_sets_for_beams_does_not_stop_the_stream(
+    model: Path, loads: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = _loaded(model).generation_config
+    expected = _continuation(model, "abc", 4) + "\n"
+    monkeypatch.setattr(settings, "num_beams", 4)
+    monkeypatch.setattr(settings, "num_return_sequences", 2)
+    result = run("generate", model, "abc", "--raw", "--max-new-tokens", 4)
+    assert (result.exit_code, result.stdout) == (0, expected), result.output
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [("experts of nonesuch", "experts of nonesuch"), ("", "not implemented for this checkpoint")],
+)
+def test_what_is_not_implemented_is_one_message(
+    model: Path, monkeypatch: pytest.MonkeyPatch, message: str, shown: str
+) -> None:
+    def load(path: str, **keywords: Any) -> Any:
+        raise NotImplementedError(message)
+
+    monkeypatch.setattr(awq_rt, "load", load)
+    printed = error_of(run("generate", model, "abc"))
+    assert printed.startswith("Error: ")
+    assert shown in printed
+
+
+def test_what_a_model_cannot_do_while_it_generates_is_one_message(
+    model: Path, loads: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(**keywords: Any) -> Any:
+        raise NotImplementedError("no kernel for this")
+
+    monkeypatch.setattr(_loaded(model), "generate", generate)
+    assert error_of(run("generate", model, "abc")) == "Error: no kernel for this\n"
+
+
+def test_help_says_what_model_may_be() -> None:
+    assert "MODEL is a folder, a file or a hub id." in run("generate", "--help").stdout
+
+
 def test_every_loading_option_reaches_load(
     model: Path, loads: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,7 +443,7 @@ def test_inspect_answers_in_json_of_a_stated_schema(model: Path) -> None:
         "symmetric": False,
         "nbytes": 128 * 64 // 2 + 128 // 32 * (64 // 2 + 2 * 64),
     }
-    assert {"name": "lm_head.weight", "shape": [256, 64], "dtype": "float32", "nbytes": 65536} in found["dense"]
+    assert {"name": "lm_head.weight", "shape": [256, 64], "dtype": "float16", "nbytes": 32768} in found["dense"]
     stored = sum(part["nbytes"] for part in [*found["linears"], *found["dense"]])
     assert stored == found["nbytes"]
 

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 pytest.importorskip("awq_rt_cuda", reason="awq-rt-cuda is not installed")
-from awq_rt_cuda import backend, dequantize, gemm, nvrtc, selection
-from awq_rt_cuda.gemm import Kind
-from awq_rt_cuda.selection import Target
-
 from awq_rt.rtc import CompileFailed, Program
 from awq_rt.testing import hurtful_weight
 from awq_rt.testing.conformance import spec_of
+from awq_rt_cuda import backend, dequantize, gemm, nvrtc, selection
+from awq_rt_cuda.gemm import Kind
+from awq_rt_cuda.selection import Target
 
 KIB = 1024
 TARGETS = {

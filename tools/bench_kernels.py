@@ -23,8 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from awq_rt_cuda import backend, driver, selection, tiled
-from awq_rt_cuda.driver import Kernel, Shape
 from torch import Tensor
 
 from awq_rt.backend import Packed
@@ -32,6 +30,8 @@ from awq_rt.rtc import Program
 from awq_rt.testing import excess
 from awq_rt.testing.conformance import spec_of
 from awq_rt.weights import AwqWeight
+from awq_rt_cuda import backend, driver, selection, tiled
+from awq_rt_cuda.driver import Kernel, Shape
 
 SHAPES = {
     "7b": ((4096, 4096), (4096, 12288), (4096, 22016), (11008, 4096)),

@@ -11,11 +11,10 @@ import argparse
 import re
 import sys
 
+from awq_rt.rtc import Program
 from awq_rt_cuda import dequantize, gemm, nvrtc, selection
 from awq_rt_cuda.gemm import Kind
 from awq_rt_cuda.selection import Target
-
-from awq_rt.rtc import Program
 
 KIB = 1024
 TARGETS = {

@@ -16,13 +16,19 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+WHEELS = ("awq_rt", "awq_rt_reference")
+"""What `pip install awq-rt` takes from us; the other distributions need a GPU's libraries."""
 TRY_OUT = """
+import importlib.metadata
 import sys
 from pathlib import Path
 import torch
 import awq_rt
 from awq_rt import registry
 
+for distribution in ("awq-rt", "awq-rt-reference"):
+    source = importlib.metadata.distribution(distribution).read_text("direct_url.json") or "an index"
+    assert '"file://' in source, f"{distribution} came from {source}, not from the wheel that was built"
 home = Path(sys.prefix).resolve()
 for module in ("awq_rt", "awq_rt_reference"):
     found = Path(sys.modules.get(module, awq_rt).__file__).resolve()
@@ -52,8 +58,9 @@ def main() -> None:
 
         venv.create(home, with_pip=True)
         python = home / "bin" / "python"
-        install = [python, "-m", "pip", "install", "--quiet", "--find-links", dist, "-c", ROOT / "constraints.txt"]
-        run(*install, "awq-rt")
+        # By path: asked for by name, a higher version on the index would win, whoever put it there.
+        wheels = [path for name in WHEELS for path in dist.glob(f"{name}-*.whl")]
+        run(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", *wheels)
         run(python, "-c", TRY_OUT, model, cwd=folder)
         report = json.loads(run(home / "bin" / "awq-rt", "inspect", model, "--json", cwd=folder))
         print(f"awq-rt from its wheel loads a {report['layout']} checkpoint and generates")

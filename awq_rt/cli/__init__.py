@@ -33,6 +33,10 @@ class Commands(click.Group):
                 raise click.ClickException(str(error)) from error
             except ImportError as error:
                 raise click.ClickException(f"{error}; `awq-rt doctor` says more") from error
+            except (
+                NotImplementedError
+            ) as error:  # a RuntimeError too: how awq_rt, transformers and torch say "unsupported"
+                raise click.ClickException(str(error) or "this is not implemented for this checkpoint") from error
             except RuntimeError as error:
                 if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                     raise

@@ -20,8 +20,8 @@ from .options import checkpoint_options
 def convert(source: str, destination: Path, layout: str, force: bool, **opening: Any) -> None:
     """Write a checkpoint in another layout.
 
-    SRC is a folder or a hub id, DST a folder that is made. The weights stay the same, code for code. What the layout
-    cannot hold is said at the end; DST is complete or absent.
+    SRC is a folder, a file or a hub id, DST a folder that is made. The weights stay the same, code for code. What the
+    layout cannot hold is said at the end; DST is complete or absent.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -81,13 +81,17 @@ def generate(
 ) -> None:
     """Answer a prompt.
 
-    MODEL is a folder or a hub id. PROMPT goes through the model's chat template where it has one. Greedy unless a
-    sampling option is given.
+    MODEL is a folder, a file or a hub id. PROMPT goes through the model's chat template where it has one. Greedy unless
+    a sampling option is given.
     """
     if system is not None and raw:
         raise click.UsageError("--system needs the chat template, which --raw leaves out.")
-    text = _prompt(words, prompt)
     sampling = Sampling(temperature, top_p, top_k, min_p)
+    if seed is not None and sampling.greedy:
+        raise click.UsageError(
+            "--seed is for sampling, and the answer is greedy: add --temperature above 0, --top-p, --top-k or --min-p."
+        )
+    text = _prompt(words, prompt)
 
     import torch
 
@@ -116,7 +120,8 @@ def generate(
     if seed is not None:
         torch.manual_seed(seed)
     stream = Stream(tokenizer)
-    arguments = sampling.arguments()
+    # One sequence, whatever the checkpoint's generation_config.json sets: what is printed as it comes cannot be undone.
+    arguments = {"num_beams": 1, "num_return_sequences": 1, **sampling.arguments()}
     if repetition_penalty is not None:
         arguments["repetition_penalty"] = repetition_penalty
     loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=stream, **arguments)

@@ -31,7 +31,7 @@ LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 def inspect(model: str, as_json: bool, each: bool, **opening: Any) -> None:
     """Show what a checkpoint holds.
 
-    MODEL is a folder or a hub id. Layout, groups, shapes, sizes and warnings are read from the files' headers.
+    MODEL is a folder, a file or a hub id. Layout, groups, shapes, sizes and warnings are read from the files' headers.
     """
     from .. import open_checkpoint
 

@@ -8,11 +8,11 @@ done
 from __future__ import annotations
 
 import torch
-from awq_rt_cuda import backend
-from awq_rt_cuda.tiled import plan
 
 from awq_rt.testing import excess, hurtful_weight
 from awq_rt.testing.conformance import spec_of
+from awq_rt_cuda import backend
+from awq_rt_cuda.tiled import plan
 
 SHAPES = ((1024, 520, 128), (1280, 72, 32), (576, 192, 64), (1000, 40, 1000), (512, 264, 16))
 ROWS = (1, 2, 3, 8, 13, 32, 40, 64, 100, 130)
