@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +68,9 @@ def test_every_public_name_is_there_and_no_other() -> None:
     assert callable(awq_rt.convert)
     with pytest.raises(AttributeError, match="nonesuch"):
         awq_rt.nonesuch  # noqa: B018
+
+
+def test_no_document_has_a_gap_where_a_figure_belongs() -> None:
+    root = Path(__file__).resolve().parents[1]
+    documents = [*root.glob("*.md"), *root.glob("benchmarks/*.md"), *root.glob("backends/*/*.md")]
+    assert not [path.name for path in documents if re.search(r"@[A-Z]+@", path.read_text(encoding="utf-8"))]
