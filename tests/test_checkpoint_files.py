@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -12,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import huggingface_hub
 import pytest
 import torch
@@ -34,6 +34,8 @@ from awq_rt.errors import (
 )
 
 INDEX = "model.safetensors.index.json"
+http = importlib.import_module(hub_errors.HfHubHTTPError.__bases__[0].__module__.split(".")[0])
+"""The HTTP library that this release of huggingface_hub is built on: httpx or httpx2."""
 
 
 @pytest.fixture
@@ -294,8 +296,8 @@ def test_a_hub_that_refuses_the_connection_is_unavailable_at_once(tmp_path: Path
     assert "check the name and the network" in run.stderr
 
 
-def answer(status: int) -> httpx.Response:
-    return httpx.Response(status, request=httpx.Request("GET", "https://hub.invalid/api/models/owner/model"))
+def answer(status: int) -> Any:
+    return http.Response(status, request=http.Request("GET", "https://hub.invalid/api/models/owner/model"))
 
 
 @pytest.mark.parametrize(
@@ -306,8 +308,8 @@ def answer(status: int) -> httpx.Response:
         (hub_errors.RevisionNotFoundError("404 at v2", response=answer(404)), "could not be fetched: 404 at v2"),
         (hub_errors.HfHubHTTPError("500 Server Error", response=answer(500)), "could not be fetched: 500"),
         (hub_errors.LocalEntryNotFoundError("not cached"), "could not be fetched: not cached"),
-        (httpx.ProxyError("proxy refused"), "could not be fetched: proxy refused"),
-        (httpx.ReadTimeout("timed out"), "could not be fetched: timed out"),
+        (http.ProxyError("proxy refused"), "could not be fetched: proxy refused"),
+        (http.ReadTimeout("timed out"), "could not be fetched: timed out"),
         (OSError(28, "No space left on device"), "could not be fetched: .*No space left"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",

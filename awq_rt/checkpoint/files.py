@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import CheckpointNotFound, CorruptFile, HubUnavailable, InvalidConfig, MissingShard
 
@@ -126,21 +126,26 @@ def _from_index(root: Path, index_name: str) -> CheckpointFiles:
 
 def _fetch(repository: str, revision: str | None, token: str | None) -> Path:
     """The repository's snapshot in huggingface_hub's cache, with the files that are needed and no others."""
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
+    # Of the HTTP library that this release of huggingface_hub is built on: httpx or httpx2.
+    http_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
+
     def fetch(patterns: list[str]) -> Path:
         download = partial(snapshot_download, repository, revision=revision, token=token, allow_patterns=patterns)
         try:
             return Path(download())
-        except (OfflineModeIsEnabled, httpx.TransportError):
+        except HfHubHTTPError:
+            raise  # the hub has answered
+        except (OfflineModeIsEnabled, http_error):
             # snapshot_download asks the hub what a commit holds even where the cache holds the commit.
             with suppress(LocalEntryNotFoundError):
                 return Path(download(local_files_only=True))
@@ -159,7 +164,7 @@ def _fetch(repository: str, revision: str | None, token: str | None) -> Path:
         raise HubUnavailable(f"the hub has no repository {repository!r} that this token may see") from error
     except HFValidationError as error:
         raise CheckpointNotFound(f"{repository!r} is not a file or folder here, and not a hub id ({error})") from error
-    except (OSError, httpx.HTTPError) as error:  # every other error of the hub is an OSError
+    except (OSError, http_error) as error:  # every other error of the hub is an OSError
         at = f" at revision {revision}" if revision else ""
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HubUnavailable(
