@@ -33,6 +33,11 @@ class LinearSpec:
     kernel: str = "auto"
     bits: Literal[4] = 4
 
+    @classmethod
+    def of(cls, weight: AwqWeight, dtype: torch.dtype, kernel: str = "auto") -> LinearSpec:
+        sizes = (weight.in_features, weight.out_features, weight.group_size)
+        return cls(*sizes, dtype, weight.symmetric, weight.bias is not None, kernel)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:

@@ -85,15 +85,7 @@ class AwqLinear(nn.Module):
     ) -> registry.Choice:
         """Pack `weight` for activations of `dtype` on `device` and keep it; returns the choice of backend."""
         target = torch.device(device) if device is not None else self._packed_device
-        spec = LinearSpec(
-            weight.in_features,
-            weight.out_features,
-            weight.group_size,
-            dtype,
-            weight.symmetric,
-            weight.bias is not None,
-            kernel,
-        )
+        spec = LinearSpec.of(weight, dtype, kernel)
         choice = registry.select(spec, registry.device_for(target), backend)
         packed = choice.backend.pack(weight, spec, target)
         for index in range(self._packed_count):

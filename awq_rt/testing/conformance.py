@@ -51,15 +51,7 @@ class Check:
 
 def spec_of(weight: AwqWeight, dtype: torch.dtype, kernel: str = "auto") -> LinearSpec:
     """What a linear with `weight` asks for."""
-    return LinearSpec(
-        weight.in_features,
-        weight.out_features,
-        weight.group_size,
-        dtype,
-        weight.symmetric,
-        weight.bias is not None,
-        kernel,
-    )
+    return LinearSpec.of(weight, dtype, kernel)
 
 
 def self_test(backend: Backend) -> str | None:
