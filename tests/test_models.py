@@ -127,6 +127,7 @@ def test_a_packed_router_is_dequantised(tmp_path: Path) -> None:
     dense = build(tmp_path, config, choose=router_too)
     assert "model.layers.0.mlp.gate" in awq_rt.open_checkpoint(tmp_path)
     assert_agree(awq_rt.load(tmp_path), dense)
+    assert awq_rt.load(tmp_path, dtype="bfloat16").model.layers[0].mlp.gate.weight.dtype == torch.bfloat16
 
 
 def test_two_experts_swapped_would_be_noticed(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ class AwqExperts(nn.Module):
 
     def __init__(self, replaced: nn.Module, gate_up: list[LinearShape], down: list[LinearShape]):
         super().__init__()
-        self.gate_up = nn.ModuleList(_empty(shape) for shape in gate_up)
-        self.down = nn.ModuleList(_empty(shape) for shape in down)
+        self.gate_up = nn.ModuleList(empty_linear(shape) for shape in gate_up)
+        self.down = nn.ModuleList(empty_linear(shape) for shape in down)
         self.act_fn: Callable[[Tensor], Tensor] = replaced.act_fn  # type: ignore[assignment]
         self._gate_rule: Callable[..., Tensor] | None = getattr(type(replaced), "_apply_gate", None)
 
@@ -43,5 +43,6 @@ class AwqExperts(nn.Module):
         return self.act_fn(gate) * up
 
 
-def _empty(shape: LinearShape) -> AwqLinear:
+def empty_linear(shape: LinearShape) -> AwqLinear:
+    """A packed linear of this shape that waits for its weight."""
     return AwqLinear(shape.in_features, shape.out_features, shape.group_size)

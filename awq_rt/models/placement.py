@@ -33,14 +33,14 @@ class Experts:
 class Placement:
     """Where everything goes.
 
-    `linears`: module -> checkpoint name. `experts`: module -> names. `dense`: names packed in the checkpoint where the
-    model has a plain matrix (a router), to be dequantised. `activations`: module -> name of its scales. `targets`: the
-    model's name for each tensor of the checkpoint that is dense.
+    `linears`: module -> checkpoint name. `experts`: module -> names. `dense`: a name packed in the checkpoint -> the
+    model's plain matrix (a router) for which it is dequantised. `activations`: module -> name of its scales.
+    `targets`: the model's name for each tensor of the checkpoint that is dense.
     """
 
     linears: dict[str, str] = field(default_factory=dict)
     experts: dict[str, Experts] = field(default_factory=dict)
-    dense: list[str] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)
     targets: dict[str, str] = field(default_factory=dict)
 
@@ -70,7 +70,7 @@ def place(model: Any, checkpoint: Checkpoint) -> Placement:
             placement.linears[target.removesuffix(".weight")] = name
         elif target in rename.targets:
             _check_matrix(name, target, rename.targets[target].shape, checkpoint)
-            placement.dense.append(name)
+            placement.dense[name] = target
         else:
             raise ModelMismatch(
                 f"{name} is packed in {checkpoint.root}, but {type(model).__name__} has no {target}; "
@@ -126,7 +126,7 @@ class _Renaming:
 
 def _check_complete(model: Any, placement: Placement, checkpoint: Checkpoint) -> None:
     """Raise `MissingTensor` for parameters that no tensor is for, before they would be made up at random."""
-    found = set(placement.targets.values()) | {f"{name}.weight" for name in placement.dense}
+    found = {*placement.targets.values(), *placement.dense.values()}
     packed = tuple(f"{path}." for path in (*placement.linears, *placement.experts))
     tied: dict[str, str] = model.all_tied_weights_keys
     same = {name for pair in tied.items() if found & set(pair) for name in pair}

@@ -26,7 +26,7 @@ from ..linear import AwqLinear
 from ..memory import Trimmer
 from ..weights import AwqWeight
 from .activation import ScaledActivation
-from .experts import AwqExperts
+from .experts import AwqExperts, empty_linear
 from .placement import Experts, Placement, place
 
 METHOD = "awq_rt"
@@ -83,7 +83,7 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
         checkpoint = self._checkpoint()
         self.placement = place(model, checkpoint)
         for path, name in self.placement.linears.items():
-            _replace(model, path, _empty(checkpoint.linears[name].shape))
+            _replace(model, path, empty_linear(checkpoint.linears[name].shape))
         for path, experts in self.placement.experts.items():
             gate_up = [_joined_shape(checkpoint, experts.gate_up[e]) for e in sorted(experts.gate_up)]
             down = [_joined_shape(checkpoint, experts.down[e]) for e in sorted(experts.down)]
@@ -95,9 +95,10 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
         plan = model._get_dtype_plan(self.dtype)
         for name, target in self.placement.targets.items():
             self.quantization_config.dense[name].dtype = _kept_dtype(plan, target) or wanted.get(target)
-        for name in self.placement.dense:
+        for name, target in self.placement.dense.items():
             weight = checkpoint[name]
-            self.quantization_config.dense[f"{name}.weight"] = weight.dequantize().T.contiguous()
+            dense = weight.dequantize().T.contiguous().to(_kept_dtype(plan, target) or wanted[target])
+            self.quantization_config.dense[f"{name}.weight"] = dense
             if weight.bias is not None:
                 self.quantization_config.dense[f"{name}.bias"] = weight.bias
 
@@ -207,10 +208,6 @@ def _split(weight: AwqWeight, parts: int) -> Iterator[AwqWeight]:
 def _joined_shape(checkpoint: Checkpoint, names: tuple[str, ...]) -> LinearShape:
     shapes = [checkpoint.linears[name].shape for name in names]
     return LinearShape(shapes[0].in_features, sum(s.out_features for s in shapes), shapes[0].group_size)
-
-
-def _empty(shape: LinearShape) -> AwqLinear:
-    return AwqLinear(shape.in_features, shape.out_features, shape.group_size)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
