@@ -190,3 +190,18 @@ class InvalidWeight(AwqRtError, ValueError):
     """The parts of an `AwqWeight` contradict each other."""
 
     code = "AWQ-INPUT-002"
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+class OutOfMemory(AwqRtError):
+    """The device's memory does not suffice; the message says what would fit."""
+
+    code = "AWQ-MEMORY-001"
+
+
+class CannotFuseModel(AwqRtError):
+    """Fusing was asked for, and the model is not built as fused decoders are; the message says which module."""
+
+    code = "AWQ-FUSE-001"

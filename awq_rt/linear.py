@@ -87,15 +87,19 @@ class AwqLinear(nn.Module):
         target = torch.device(device) if device is not None else self._packed_device
         spec = LinearSpec.of(weight, dtype, kernel)
         choice = registry.select(spec, registry.device_for(target), backend)
-        packed = choice.backend.pack(weight, spec, target)
+        self.hold(choice.backend.pack(weight, spec, target))
+        self.backend_name, self.spec = choice.backend.name, spec
+        self.pinned_backend = backend
+        return choice
+
+    def hold(self, packed: Packed) -> None:
+        """Keep `packed`, this linear's weight in the form of its backend."""
         for index in range(self._packed_count):
             delattr(self, f"packed_{index}")
         for index, tensor in enumerate(packed.tensors):
             self.register_buffer(f"packed_{index}", tensor, persistent=False)
         self._packed_count = len(packed.tensors)
-        self.backend_name, self.layout, self.spec = choice.backend.name, packed.layout, spec
-        self.pinned_backend = backend
-        return choice
+        self.layout = packed.layout
 
     @property
     def packed(self) -> Packed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ HUB = {"cache_dir": "HF_HOME", "local_files_only": "HF_HUB_OFFLINE=1"}
 
 
 def load(
-    id_or_path: str | Path,
+    id_or_path: str | Path | Checkpoint,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -39,15 +40,23 @@ def load(
     token: str | None = None,
     trust_remote_code: bool = False,
     group_size: int | None = None,
+    fuse: bool | str | Mapping[str, Any] = "auto",
+    max_seq_len: int | None = None,
     **model_kwargs: Any,
 ) -> Any:
-    """The model in a local folder or file or under a hub id, ready to `generate`, with `model.tokenizer`.
+    """The model in a local folder or file, under a hub id or of an open `Checkpoint` (for which `revision`, `token` and
+    `group_size` say nothing), ready to `generate`, with `model.tokenizer`.
 
     `device` defaults to the best one that an installed backend drives; `device_map` places layers on several, as in
     transformers. `dtype` (of activations and dense weights) defaults to float32 on a CPU, and elsewhere to the
     checkpoint's own if that is bfloat16, else float16. `backend` and `kernel` pin what is otherwise chosen for each
     linear. `group_size` is needed only where neither configuration nor tensors state it. `model_kwargs` go to
     transformers' `from_pretrained`.
+
+    `fuse` decides how `generate` decodes greedily and by sampling: "auto" on a fused decoder with a captured step where
+    the architecture allows, as transformers does elsewhere (`model.fusion` says which, and why); True makes what cannot
+    be fused an error, False turns it off, and a mapping is AWQ's `modules_to_fuse` for architectures that are not
+    recognised. `max_seq_len` allots memory for so many positions (prompt and answer) once; by default it grows.
 
     Raises a `CheckpointError`, `BackendError` or `UnsupportedDevice` that says what is wrong and what to do;
     NotImplementedError for an architecture whose experts awq_rt cannot keep in 4 bits.
@@ -56,15 +65,33 @@ def load(
     if backend is not None:
         registry.get(backend)
     places = _places(device, device_map)
-    checkpoint = open_checkpoint(id_or_path, revision=revision, token=token, group_size=group_size)
+    if isinstance(id_or_path, Checkpoint):
+        checkpoint, name = id_or_path, str(id_or_path.source)
+    else:
+        checkpoint = open_checkpoint(id_or_path, revision=revision, token=token, group_size=group_size)
+        name = str(id_or_path)
     if attn_implementation is not None:
         model_kwargs["attn_implementation"] = attn_implementation
     model = _from_checkpoint(
         checkpoint, places, _dtype(dtype, checkpoint, places), backend, kernel, trust_remote_code, model_kwargs
     )
-    model.config._name_or_path = model.name_or_path = str(id_or_path)
+    model.config._name_or_path = model.name_or_path = name
     model.tokenizer = _tokenizer(checkpoint.root, trust_remote_code)
+    _fuse(model, fuse, max_seq_len, checkpoint.quantization.raw)
     return model
+
+
+def _fuse(model: Any, fuse: bool | str | Mapping[str, Any], max_seq_len: int | None, stored: Mapping[str, Any]) -> None:
+    """Give the model a fused decoder, as asked for or, where nothing was, as its configuration says."""
+    from .. import fusion, generation
+
+    if fuse == "auto" and isinstance(stored.get("modules_to_fuse"), dict):
+        fuse = stored["modules_to_fuse"]
+    if max_seq_len is None and isinstance(stored.get("fuse_max_seq_len"), int):
+        max_seq_len = stored["fuse_max_seq_len"]
+    model.fusion = fusion.fuse(model, fuse)
+    if model.fusion.decoder is not None:
+        generation.attach(model, model.fusion.decoder, max_seq_len)
 
 
 def _from_checkpoint(

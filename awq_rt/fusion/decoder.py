@@ -1,0 +1,134 @@
+"""A fused decoder: what a model computes, in fewer and larger operators, with a cache that stays in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..ops import AttentionTensors, Ops
+from .cache import KeyValueCache
+from .description import Description, GatedMlp, Layer, Norm
+from .prefill import prefill_attention
+
+CHUNK_TOKENS = 8192
+"""Tokens that go through the layers at a time while a prompt is read: their activations are all that grows with it."""
+
+
+class Decoder:
+    """Logits of `description`. Stateless but for tables of angles: keys and values are the caller's."""
+
+    def __init__(self, description: Description, ops: Ops, device: torch.device, dtype: torch.dtype):
+        self.description, self.ops, self.device, self.dtype = description, ops, device, dtype
+        self._tensors: list[AttentionTensors] = []
+        self.positions = 0
+        self.reserve(1)
+
+    @property
+    def intact(self) -> bool:
+        """Whether the model still consists of the parts that this was made of, with no hooks on them."""
+        return all(
+            getattr(parent, name, None) is child and not child._forward_hooks and not child._forward_pre_hooks
+            for parent, name, child in self.description.parts
+        )
+
+    def reserve(self, positions: int) -> None:
+        """Make the tables of angles long enough for `positions`."""
+        if positions <= self.positions:
+            return
+        empty = torch.empty(0, device=self.device)
+        rotary = self.description.rotary
+        cos, sin = rotary(positions) if rotary is not None else (empty, empty)
+        attentions = [layer.attention for layer in self.description.layers]
+        self._tensors = [AttentionTensors(cos, sin, a.q_norm, a.k_norm, a.slopes) for a in attentions]
+        self.positions = positions
+
+    def prefill(self, tokens: Tensor, lengths: list[int], cache: KeyValueCache) -> Tensor:
+        """Read prompts: `tokens` [B, T], row b's first `lengths[b]` count. Returns the logits after each [B, V].
+
+        What a row has past its length is computed and never seen: attention looks back only, and its slots in the cache
+        are written again before they are read.
+        """
+        batch, count = tokens.shape
+        step = max(1, CHUNK_TOKENS // batch)
+        last = torch.tensor(lengths, device=self.device) - 1
+        hidden = None
+        for start in range(0, count, step):
+            chunk = tokens[:, start : start + step]
+            found = self._chunk(chunk, start, cache).view(batch, chunk.shape[1], -1)
+            at = (last - start).clamp(0, chunk.shape[1] - 1)
+            of_last = found[torch.arange(batch, device=self.device), at]
+            ends = ((last >= start) & (last < start + step))[:, None]
+            hidden = of_last if hidden is None else torch.where(ends, of_last, hidden)
+        assert hidden is not None
+        return self._logits(hidden)
+
+    def step(self, tokens: Tensor, positions: Tensor, cache: KeyValueCache, seen: int | None = None) -> Tensor:
+        """One more token a row: `tokens` [B] at `positions` int32 [B]. Returns logits [B, V].
+
+        `seen` bounds the positions that any row has, where the caller knows; a captured step cannot.
+        """
+        extent = cache.length if seen is None else seen
+
+        def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
+            return self.ops.decode_attention(
+                qkv,
+                positions,
+                cache.keys[index][:, :, :extent],
+                cache.values[index][:, :, :extent],
+                layer.attention.spec,
+                self._tensors[index],
+            )
+
+        return self._logits(self._layers(tokens, attend))
+
+    def _chunk(self, tokens: Tensor, start: int, cache: KeyValueCache) -> Tensor:
+        """Final hidden states [B T, H] of `tokens` [B, T] at positions from `start` on."""
+        batch, count = tokens.shape
+        first = torch.full((batch,), start, dtype=torch.int32, device=self.device)
+        end = start + count
+
+        def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
+            spec, tensors = layer.attention.spec, self._tensors[index]
+            keys, values = cache.keys[index], cache.values[index]
+            q = self.ops.rope_append(qkv.view(batch, count, -1), first, keys, values, spec, tensors)
+            y = prefill_attention(q, keys[:, :, :end], values[:, :, :end], spec, tensors.slopes)
+            return y.transpose(1, 2).reshape(batch * count, -1)
+
+        return self._layers(tokens.reshape(-1), attend)
+
+    def _layers(self, tokens: Tensor, attend: Callable[[int, Layer, Tensor], Tensor]) -> Tensor:
+        """Normalised hidden states [M, H] of `tokens` [M] after every layer."""
+        ops, layers = self.ops, self.description.layers
+        hidden = self._embed(tokens)
+        x = ops.rms_norm(hidden, layers[0].attention_norm.weight, layers[0].attention_norm.eps)
+        for index, layer in enumerate(layers):
+            y = layer.attention.out(attend(index, layer, layer.attention.qkv(x)))
+            x = self._add_and_norm(y, hidden, layer.attention_post_norm, layer.mlp_norm)
+            y = self._mlp(layer.mlp, x)
+            after = layers[index + 1].attention_norm if index + 1 < len(layers) else self.description.norm
+            x = self._add_and_norm(y, hidden, layer.mlp_post_norm, after)
+        return x
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor = self.description.embedding(tokens).to(self.dtype)
+        return hidden if self.description.embedding_scale == 1.0 else hidden * self.description.embedding_scale
+
+    def _add_and_norm(self, y: Tensor, hidden: Tensor, post: Norm | None, norm: Norm) -> Tensor:
+        if post is not None:
+            y = self.ops.rms_norm(y, post.weight, post.eps)
+        return self.ops.add_rms_norm(y, hidden, norm.weight, norm.eps)
+
+    def _mlp(self, mlp: GatedMlp | nn.Module, x: Tensor) -> Tensor:
+        if isinstance(mlp, GatedMlp):
+            return mlp.down(self.ops.gated_activation(mlp.gate_up(x), mlp.activation))
+        y = mlp(x[None])  # transformers' modules take [batch, tokens, H], and some return their router's choice too
+        found: Tensor = y[0] if isinstance(y, tuple) else y
+        return found.reshape(x.shape)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = self.description.head(x)
+        cap = self.description.logit_softcap
+        return logits if cap is None else functional.tanh(logits / cap) * cap

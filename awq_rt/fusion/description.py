@@ -1,0 +1,67 @@
+"""What a decoder consists of, told apart from the model it was found in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..ops import AttentionSpec
+from .projection import Projection
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    """An RMS norm: x / sqrt(mean(x^2) + eps) * weight. `weight` is float32 [H]."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attention:
+    qkv: Projection
+    out: Projection
+    spec: AttentionSpec
+    q_norm: Tensor | None  # float32 [head_dim]
+    k_norm: Tensor | None
+    slopes: Tensor | None  # float32 [heads]: ALiBi
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GatedMlp:
+    gate_up: Projection
+    down: Projection
+    activation: str  # a key of ops.ACTIVATIONS
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """h += post(attention(norm(h))); h += post(mlp(norm(h))). A mixture of experts is `mlp` as transformers has it."""
+
+    attention_norm: Norm
+    attention: Attention
+    attention_post_norm: Norm | None
+    mlp_norm: Norm
+    mlp: GatedMlp | nn.Module
+    mlp_post_norm: Norm | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Description:
+    """A whole decoder.
+
+    `rotary(count)` gives the float32 tables cos and sin [count, rotary_dim / 2] of the first `count` positions, which
+    hold for sequences of up to `rotary_limit`.
+    """
+
+    embedding: nn.Module
+    embedding_scale: float
+    layers: tuple[Layer, ...]
+    norm: Norm
+    head: Projection
+    logit_softcap: float | None
+    rotary: Callable[[int], tuple[Tensor, Tensor]] | None
+    rotary_limit: int | None
+    parts: tuple[tuple[nn.Module, str, nn.Module], ...]  # (parent, name, child): all that this was read from

@@ -1,0 +1,51 @@
+"""Linears that read the same input, as one product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import registry
+from ..backend import Packed
+from ..linear import AwqLinear
+
+
+class Projection:
+    """`x` [M, K] -> the outputs of `linears` side by side [M, N1 + N2 + ...].
+
+    Where the backend can lay the packed weights of all side by side, they are one product, and the linears then hold
+    views of its tensors: nothing is stored twice, and each linear still works alone.
+    """
+
+    def __init__(self, linears: Sequence[nn.Module]):
+        self.linears = tuple(linears)
+        self._product: Packed | None = None
+        self._linear: Callable[[Tensor, Packed], Tensor] | None = None
+        packed = [linear for linear in self.linears if isinstance(linear, AwqLinear)]
+        if len(packed) == len(self.linears) and len({linear.backend_name for linear in packed}) == 1:
+            self._linear = registry.get(packed[0].backend_name).linear
+            self._product = _joined(packed) if len(packed) > 1 else packed[0].packed
+
+    @property
+    def joined(self) -> bool:
+        """Whether this is one product."""
+        return self._product is not None or len(self.linears) == 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._linear is not None and self._product is not None:
+            return self._linear(x, self._product)
+        outputs = [linear(x) for linear in self.linears]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _joined(linears: Sequence[AwqLinear]) -> Packed | None:
+    join = getattr(registry.get(linears[0].backend_name), "join", None)
+    found = join([linear.packed for linear in linears]) if join is not None else None
+    if found is None:
+        return None
+    whole, views = found
+    for linear, view in zip(linears, views, strict=True):
+        linear.hold(view)
+    return whole  # type: ignore[no-any-return]

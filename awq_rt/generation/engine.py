@@ -1,0 +1,180 @@
+"""transformers' `generate` on a fused decoder; what the engine does not run goes to transformers' own loop."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation import stopping_criteria as stopping
+
+from ..errors import InvalidInput
+from ..fusion import Decoder
+from ..fusion.cache import rounded_length
+from .sampler import Sampler, Unsupported
+from .session import Session
+
+log = logging.getLogger("awq_rt")
+
+CRITERIA = (
+    stopping.MaxLengthCriteria,
+    stopping.MaxTimeCriteria,
+    stopping.EosTokenCriteria,
+    stopping.StopStringCriteria,
+)
+"""Criteria that need nothing but the ids, which they get on the host, in order, a few steps late."""
+
+ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+OURS = "_awq_rt_unused"
+"""Marks a cache that transformers made for a generation and nobody else holds."""
+
+
+class Engine:
+    """Decodes for one model. One generation at a time: others wait for it, as they share its buffers."""
+
+    def __init__(self, decoder: Decoder, max_seq_len: int | None):
+        self.decoder, self.max_seq_len = decoder, max_seq_len
+        self._lock = threading.Lock()
+        self._session: Session | None = None
+
+    def generate(
+        self, ids: Tensor, lengths: list[int], sampler: Sampler, criteria: Any, pad: Tensor | None, streamer: Any
+    ) -> Tensor:
+        """`ids` [B, T], row b's last `lengths[b]` count -> [B, T + new]. Stops when `criteria` say so for every row."""
+        with self._lock:
+            return self._generate(ids, lengths, sampler, criteria, pad, streamer)
+
+    def _generate(
+        self, ids: Tensor, lengths: list[int], sampler: Sampler, criteria: Any, pad: Tensor | None, streamer: Any
+    ) -> Tensor:
+        batch, prompt = ids.shape
+        most_new = criteria.max_length - prompt
+        session = self._session_for(batch, max(lengths) + most_new)
+        session.start(ids, lengths, sampler)
+        pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        out = torch.empty(batch, criteria.max_length, dtype=ids.dtype)
+        out[:, :prompt] = ids
+        unfinished = torch.ones(batch, dtype=torch.bool)
+        count, requested = prompt, 1
+        while True:
+            while requested < most_new and session.outstanding <= session.ahead:
+                session.advance()
+                requested += 1
+            tokens = session.receive()[:batch]
+            if pads and pad is not None:
+                tokens = torch.where(unfinished, tokens, pad)
+            out[:, count] = tokens
+            count += 1
+            if streamer is not None:
+                streamer.put(tokens)
+            unfinished &= ~criteria(out[:, :count], None)
+            if not bool(unfinished.any()):
+                break
+        if streamer is not None:
+            streamer.end()
+        return out[:, :count].to(ids.device)
+
+    def _session_for(self, batch: int, length: int) -> Session:
+        """The session of the generation before where it fits, else a new one in its place."""
+        if self.max_seq_len is not None and length > self.max_seq_len:
+            raise InvalidInput(
+                f"the generation may grow to {length} positions, and the model was loaded with max_seq_len="
+                f"{self.max_seq_len}; load it with max_seq_len={length} or more, or lower max_new_tokens"
+            )
+        rows = 1 << (batch - 1).bit_length() if self.decoder.device.type == "cuda" else batch
+        session = self._session
+        if session is None or len(session.tokens) != rows or session.cache.length < length:
+            self._session = None  # its memory is needed first
+            self._session = session = Session(self.decoder, rows, rounded_length(self.max_seq_len or length))
+        return session
+
+    def prompt_lengths(
+        self, ids: Tensor, config: Any, criteria: Any, synced_gpus: bool, arguments: dict[str, Any]
+    ) -> list[int]:
+        """How many of each row's ids count, at its end. Raises `Unsupported` for what the engine does not run."""
+        if synced_gpus or config.return_dict_in_generate:
+            raise Unsupported("the result has more than tokens, or is of several processes in step")
+        if not self.decoder.intact:
+            raise Unsupported("the model was changed after it was loaded")
+        if unknown := sorted(name for name in set(arguments) - ARGUMENTS if arguments[name] is not None):
+            raise Unsupported(f"the model is given {', '.join(unknown)}")
+        cache = arguments.get("past_key_values")
+        if not arguments.get("use_cache", True) or not getattr(cache, OURS, False):
+            raise Unsupported("the cache is the caller's, or is turned off")
+        if other := [type(c).__name__ for c in criteria if type(c) not in CRITERIA]:
+            raise Unsupported(f"it is stopped by {', '.join(other)}")
+        batch, count = ids.shape
+        if count == 0 or criteria.max_length is None or criteria.max_length <= count:
+            raise Unsupported("there is no prompt, or no token to make")
+        limit = self.decoder.description.rotary_limit
+        if limit is not None and criteria.max_length > limit:
+            raise Unsupported(f"past {limit} positions the angles depend on the length")
+        mask = arguments.get("attention_mask")
+        lengths = [count] * batch if mask is None else mask.sum(-1).tolist()
+        if mask is not None:
+            if mask.shape != ids.shape or min(lengths) == 0:
+                raise Unsupported("the attention mask leaves nothing of a row, or has another shape")
+            padding = torch.arange(count, device=mask.device) < count - mask.sum(-1, keepdim=True)
+            if not bool((mask.bool() == ~padding).all()):
+                raise Unsupported("the attention mask is more than padding on the left")
+        positions = arguments.get("position_ids")
+        if positions is not None and not _usual(positions, lengths):
+            raise Unsupported("the positions are the caller's")
+        return lengths
+
+
+class FusedGeneration:
+    """Goes before a transformers model class: greedy decoding and sampling run on `awq_rt_engine` where they can."""
+
+    awq_rt_engine: Engine
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **more: Any
+    ) -> Any:
+        given = model_kwargs.get("past_key_values")
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest, **more)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if given is None and type(cache) is DynamicCache:
+            setattr(cache, OURS, True)
+        return result
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        engine = self.awq_rt_engine
+        try:
+            sampler = Sampler(logits_processor, generation_config.do_sample)
+            lengths = engine.prompt_lengths(input_ids, generation_config, stopping_criteria, synced_gpus, model_kwargs)
+        except Unsupported as reason:
+            log.info("transformers' own loop runs this generation: %s", reason)
+            arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
+            return super()._sample(*arguments, **model_kwargs)  # type: ignore[misc]
+        pad = generation_config._pad_token_tensor
+        return engine.generate(
+            input_ids, lengths, sampler, stopping_criteria, None if pad is None else pad.cpu(), streamer
+        )
+
+
+def attach(model: Any, decoder: Decoder, max_seq_len: int | None = None) -> None:
+    """Let `model.generate` run on `decoder`. The model keeps the name of its class, which is saved with it."""
+    own = type(model)
+    model.__class__ = type(own.__name__, (FusedGeneration, own), {"__module__": own.__module__, "__doc__": own.__doc__})
+    model.awq_rt_engine = Engine(decoder, max_seq_len)
+
+
+def _usual(positions: Tensor, lengths: list[int]) -> bool:
+    """Whether each row counts from 0 after its padding."""
+    count = positions.shape[-1]
+    return positions.dim() == 2 and all(
+        row[count - length :] == list(range(length)) for row, length in zip(positions.tolist(), lengths, strict=True)
+    )
