@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from .checkpoint import open_checkpoint as open_checkpoint
     from .conversion import convert as convert
     from .errors import AwqRtError as AwqRtError
+    from .generation.streaming import stream as stream
     from .linear import AwqLinear as AwqLinear
     from .models import load as load
     from .weights import AwqWeight as AwqWeight
 
 _HOMES = {
     "load": "models",
+    "stream": "generation.streaming",
     "open_checkpoint": "checkpoint",
     "Checkpoint": "checkpoint",
     "convert": "conversion",

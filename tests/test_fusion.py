@@ -184,3 +184,22 @@ def test_attention_over_a_prompt(
 
 def test_a_block_is_far_smaller_than_a_long_prompt() -> None:
     assert BLOCK * 32768 * 4 < 100e6  # bytes of float32 scores of a head: no square of 32768 positions is written
+
+
+# --- experts that the device chooses ---------------------------------------------------------------------------------
+
+
+def test_experts_chosen_on_the_device_compute_what_the_loop_does(tmp_path: Path) -> None:
+    experts = loaded(tmp_path, "mixtral", fuse=False).model.layers[0].mlp.experts
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([[0.7, 0.3], [0.9, 0.1]])
+    chosen = torch.tensor([[3, 0], [1, 4]])  # 4 is past the last: none
+    looped = experts(x, chosen, weights)
+    assert experts.stack()
+    found = experts(x, chosen, weights)
+    assert torch.allclose(found, looped, rtol=0, atol=1e-6)  # two float32 terms are added in another order
+    assert not torch.allclose(experts(x, chosen.clamp(max=3), weights), looped, rtol=0, atol=1e-6)
+    again = experts(
+        torch.cat([x, x]), torch.cat([chosen, chosen]), torch.cat([weights, weights])
+    )  # by the loop, on views
+    assert torch.equal(again, torch.cat([looped, looped]))

@@ -301,6 +301,23 @@ def test_threads_take_turns(pair: Pair) -> None:
     assert [found[index] for index in range(4)] == expected
 
 
+def test_text_as_an_iterator(shared: Path) -> None:
+    model = awq_rt.load(shared / "checkpoints" / "smollm2-135m-awq-gemm-g64")
+    ids = model.tokenizer("Once upon a time", return_tensors="pt").input_ids
+    whole = model.generate(ids, max_new_tokens=12, do_sample=False)
+    text = model.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+    pieces = list(awq_rt.stream(model, "Once upon a time", max_new_tokens=12, do_sample=False))
+    assert len(pieces) > 1
+    assert "".join(pieces) == text
+    left = awq_rt.stream(model, ids, max_new_tokens=10_000, do_sample=False)
+    assert next(left) == pieces[0]
+    left.close()  # returns: the generation was ended, not waited for
+    with pytest.raises(ValueError, match="unknown_argument"):
+        list(awq_rt.stream(model, ids, unknown_argument=1))
+    with pytest.raises(InvalidInput, match=r"\[2, 4\]"):
+        list(awq_rt.stream(model, prompt(2, 4)))
+
+
 def test_tokens_of_a_real_model(shared: Path, steps: list[int]) -> None:
     checkpoint = shared / "checkpoints" / "smollm2-135m-awq-gemm-g64"
     fused, plain = awq_rt.load(checkpoint), awq_rt.load(checkpoint, fuse=False)

@@ -12,6 +12,7 @@ from torch import nn
 from .. import registry
 from ..errors import CannotFuseModel
 from ..linear import AwqLinear
+from ..models.experts import AwqExperts
 from ..ops import Ops
 from .decoder import Decoder as Decoder
 from .description import GatedMlp
@@ -69,6 +70,9 @@ def _fuse(model: Any, mapping: Mapping[str, Any] | None) -> Fusion:
     unfused = []
     for index, layer in enumerate(description.layers):
         if not isinstance(layer.mlp, GatedMlp):
+            for module in layer.mlp.modules():
+                if isinstance(module, AwqExperts):
+                    module.stack()
             unfused.append((f"layers.{index}.{type(layer.mlp).__name__}", "a mixture of experts"))
     return Fusion(Decoder(description, ops, device, dtype), tuple(unfused))
 

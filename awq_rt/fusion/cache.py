@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -19,12 +21,16 @@ class KeyValueCache:
         self.batch, self.length = batch, length
         specs = [layer.attention.spec for layer in description.layers]
         shapes = [(2, batch, spec.kv_heads, length, spec.head_dim) for spec in specs]
-        try:
-            pairs = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(_what_would_fit(shapes, dtype, device, batch, length)) from error
-        self.keys: list[Tensor] = [pair[0] for pair in pairs]
-        self.values: list[Tensor] = [pair[1] for pair in pairs]
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        with contextlib.suppress(torch.OutOfMemoryError):
+            for shape in shapes:
+                keys, values = torch.zeros(shape, dtype=dtype, device=device)
+                self.keys.append(keys)
+                self.values.append(values)
+            return
+        self.keys, self.values = [], []  # what was half made goes before what is free is asked
+        raise OutOfMemory(_what_would_fit(shapes, dtype, device, batch, length))
 
     def rows(self, count: int) -> KeyValueCache:
         """The first `count` rows, in the same memory."""

@@ -9,6 +9,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from ..errors import OutOfMemory
 from ..fusion import Decoder
 from ..fusion.cache import KeyValueCache
 from .sampler import Sampler
@@ -42,7 +43,13 @@ class Session:
         rows = len(lengths)
         self.sampler = sampler
         self._sent.clear()
-        logits = self.decoder.prefill(_left_aligned(ids, lengths), lengths, self.cache.rows(rows))
+        try:
+            logits = self.decoder.prefill(_left_aligned(ids, lengths), lengths, self.cache.rows(rows))
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"{self.decoder.device} has no memory to read prompts of {rows} x {max(lengths)} tokens beside a cache "
+                f"of {self.cache.batch} x {self.cache.length} positions ({error}); give fewer rows, or set max_seq_len"
+            ) from error
         if sampler.remembers:
             self._remember(ids, logits.shape[-1])
         had = None if self.had is None or not sampler.remembers else self.had[:rows]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .. import registry
+from ..backend import Packed
 from ..formats import LinearShape
 from ..linear import AwqLinear
 
@@ -23,9 +25,12 @@ class AwqExperts(nn.Module):
         self.gate_up = nn.ModuleList(empty_linear(shape) for shape in gate_up)
         self.down = nn.ModuleList(empty_linear(shape) for shape in down)
         self.act_fn: Callable[[Tensor], Tensor] = replaced.act_fn  # type: ignore[assignment]
+        self._stacks: tuple[Callable[[Tensor], Packed], Callable[[Tensor], Packed]] | None = None
         self._gate_rule: Callable[..., Tensor] | None = getattr(type(replaced), "_apply_gate", None)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self._stacks is not None and top_k_index.numel() <= len(self.gate_up):
+            return self._chosen_on_device(hidden_states, top_k_index, top_k_weights)
         y = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             if expert >= len(self.gate_up):  # one past the last means "none", where tokens are padding
@@ -36,11 +41,55 @@ class AwqExperts(nn.Module):
             y.index_add_(0, token, out.to(y.dtype))
         return y
 
+    def stack(self) -> bool:
+        """Lay the experts' weights side by side, so that few tokens can choose among them without the host knowing.
+
+        The experts then hold views. False where they cannot be: they were packed in different ways.
+        """
+        self._stacks = None
+        kinds = [
+            {(linear.layout, tuple(t.shape for t in linear.packed.tensors)) for linear in linears}  # type: ignore[union-attr]
+            for linears in (self.gate_up, self.down)
+        ]
+        if any(len(kind) != 1 for kind in kinds):
+            return False
+        self._stacks = (_stacked(self.gate_up), _stacked(self.down))
+        return True
+
+    def _chosen_on_device(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As `forward`, one product a token and choice, each of a copy of the weights chosen: a graph can hold this."""
+        assert self._stacks is not None
+        last = len(self.gate_up) - 1
+        rows = []
+        for token in range(len(hidden_states)):
+            outs = []
+            for choice in range(top_k_index.shape[1]):
+                expert = top_k_index[token, choice].clamp(max=last).view(1)
+                gate_up, down = (stack(expert) for stack in self._stacks)
+                # This copy is also a barrier: kernels may read weights before the kernel ahead of them has ended.
+                x = hidden_states[token : token + 1].clone()
+                backend = registry.get(self.gate_up[0].backend_name)  # type: ignore[arg-type]
+                out = backend.linear(self._apply_gate(backend.linear(x, gate_up)), down)
+                share = top_k_weights[token, choice] * (top_k_index[token, choice] <= last)
+                outs.append(out * share.to(out.dtype))
+            rows.append(torch.stack(outs).sum(0))
+        return torch.cat(rows).to(hidden_states.dtype)
+
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         if self._gate_rule is not None:
             return self._gate_rule(self, gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return self.act_fn(gate) * up
+
+
+def _stacked(linears: nn.ModuleList) -> Callable[[Tensor], Packed]:
+    """A function from an expert's number, int64 [1] on the device, to a copy of its packed weight."""
+    packed: list[Packed] = [linear.packed for linear in linears]  # type: ignore[misc]
+    stacks = [torch.stack(tensors) for tensors in zip(*(p.tensors for p in packed), strict=True)]
+    for expert, linear in enumerate(linears):
+        assert isinstance(linear, AwqLinear)
+        linear.hold(Packed(packed[expert].layout, tuple(stack[expert] for stack in stacks)))
+    return lambda expert: Packed(packed[0].layout, tuple(stack.index_select(0, expert)[0] for stack in stacks))
 
 
 def empty_linear(shape: LinearShape) -> AwqLinear:

@@ -1,0 +1,153 @@
+"""Generation on a GPU: the captured step gives what the same decoder gives uncaptured, and what transformers gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import build, config_of
+from torch import Tensor
+
+import awq_rt
+from awq_rt.errors import OutOfMemory
+from awq_rt.fusion.cache import KeyValueCache
+from awq_rt.fusion.verification import ROUNDINGS
+from awq_rt.generation import session
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "mixtral", "qwen3_moe")
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "moe_intermediate_size": 256}
+"""Large enough that every kernel is used as in real models, heads of 64 features included."""
+
+
+@pytest.fixture(autouse=True)
+def default_stream_is_done() -> Any:
+    yield
+    torch.cuda.synchronize()
+
+
+def saved(folder: Path, family: str, **changes: Any) -> Path:
+    config = config_of(family)
+    for name, value in {**SIZES, **changes}.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    build(folder, config)
+    return folder
+
+
+def prompt(batch: int = 1, count: int = 9, seed: int = 0) -> Tensor:
+    return torch.randint(3, 128, (batch, count), generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def uncaptured(model: Any, monkeypatch: pytest.MonkeyPatch, *arguments: Any, **keywords: Any) -> Tensor:
+    """The same generation with every step as it is."""
+    with monkeypatch.context() as patched:
+        patched.setattr(session.Session, "_graph", lambda self: None)
+        model.awq_rt_engine._session = None
+        result: Tensor = model.generate(*arguments, **keywords)
+        model.awq_rt_engine._session = None
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_the_fused_decoder(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = awq_rt.load(saved(tmp_path, family), dtype=dtype, fuse=True)
+    assert {m.backend_name for m in model.modules() if isinstance(m, awq_rt.AwqLinear)} == {"cuda"}
+    decoder, ids = model.fusion.decoder, prompt(2, 40)
+    decoder.reserve(64)
+    cache = KeyValueCache(decoder.description, 2, 64, decoder.dtype, decoder.device)
+    with torch.no_grad():
+        expected = model(ids).logits.float()
+        of_prompt = decoder.prefill(ids[:, :-1], [39, 39], cache).float()
+        of_step = decoder.step(ids[:, -1], torch.tensor([39, 39], dtype=torch.int32).cuda(), cache).float()
+    unit = torch.finfo(dtype).eps / 2
+    for found, wanted in ((of_prompt, expected[:, -2]), (of_step, expected[:, -1])):
+        # The bound of `verification` holds for one layer; two layers of independent roundings make it sqrt(2) wider.
+        assert (found - wanted).norm() <= ROUNDINGS * 2**0.5 * unit * wanted.norm()
+        assert (found.flip(0) - wanted).norm() > ROUNDINGS * 2**0.5 * unit * wanted.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_captured_step_gives_the_tokens_of_an_uncaptured_one(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = awq_rt.load(saved(tmp_path, family), fuse=True)
+    ids = prompt(3, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[2, :11] = 0, 0
+    arguments = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
+    found = model.generate(ids, **arguments)
+    assert model.awq_rt_engine._session._graphs
+    assert torch.equal(found, model.generate(ids, **arguments))
+    assert torch.equal(found, uncaptured(model, monkeypatch, ids, **arguments))
+
+
+def test_batches_lengths_and_ways_of_sampling_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = awq_rt.load(saved(tmp_path, "llama"), fuse=True)
+    ways = [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.7},
+        {"do_sample": False, "repetition_penalty": 1.3},
+        {"do_sample": True, "min_p": 0.1, "repetition_penalty": 1.1},
+    ]
+    first = []
+    for again in (False, True):
+        for index, (batch, count) in enumerate(((1, 5), (3, 300), (4, 17), (1, 600), (8, 3))):
+            for way in ways:
+                torch.manual_seed(7)
+                ids = prompt(batch, count, index)
+                found = model.generate(ids, max_new_tokens=20, **way)
+                assert found.shape == (batch, count + 20)
+                if again:
+                    assert torch.equal(found, first.pop(0))
+                else:
+                    first.append(found)
+                if not way["do_sample"]:
+                    assert torch.equal(found, uncaptured(model, monkeypatch, ids, max_new_tokens=20, **way))
+
+
+def test_different_seeds_draw_different_tokens(tmp_path: Path) -> None:
+    model = awq_rt.load(saved(tmp_path, "llama"))
+    drawn = set()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        drawn.add(tuple(model.generate(prompt(), max_new_tokens=30, do_sample=True, temperature=2.0)[0].tolist()))
+    assert len(drawn) == 4
+
+
+def test_a_step_that_cannot_be_captured_runs_uncaptured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = awq_rt.load(saved(tmp_path, "llama"))
+    expected = model.generate(prompt(), max_new_tokens=20, do_sample=False)
+
+    def refuse(*arguments: Any, **keywords: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model.awq_rt_engine._session = None
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    with pytest.warns(UserWarning, match="not permitted when stream is capturing") as warned:
+        found = model.generate(prompt(), max_new_tokens=20, do_sample=False)
+    assert len(warned) == 1
+    assert torch.equal(found, expected)
+
+
+def test_a_cache_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
+    model = awq_rt.load(saved(tmp_path, "llama", max_position_embeddings=1 << 40), max_seq_len=1 << 33)
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(OutOfMemory, match=r"what would fit: batch 2 x \d+ positions"):
+        model.generate(prompt(2), max_new_tokens=5, do_sample=False)
+    assert torch.cuda.memory_allocated() <= before
+    model.awq_rt_engine.max_seq_len = None
+    assert model.generate(prompt(2), max_new_tokens=5, do_sample=False).shape == (2, 14)
+
+
+def test_a_generation_does_not_depend_on_the_stream(tmp_path: Path) -> None:
+    model = awq_rt.load(saved(tmp_path, "llama"))
+    expected = model.generate(prompt(), max_new_tokens=20, do_sample=False)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = [model.generate(prompt(), max_new_tokens=20, do_sample=False) for _ in range(2)]
+    stream.synchronize()
+    assert all(torch.equal(result, expected) for result in found)
