@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,33 @@ def test_attention_over_a_prompt(
     found = prefill_attention(q, k, v, spec, slopes)
     # Scores up to 4, sums of 16 products and of `seen` shares: 40 roundings of float32 on values below max |v|.
     assert (found - expected).abs().max() <= 40 * torch.finfo(torch.float32).eps * v.abs().max()
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_flash_attn_is_told_everything(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the package, which needs a GPU, that has the meaning its documentation gives."""
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **said: Any) -> Tensor:
+        assert said["causal"]
+        told = AttentionSpec(
+            q.shape[2],
+            k.shape[2],
+            q.shape[3],
+            said["softmax_scale"],
+            window=None if said["window_size"] == (-1, -1) else said["window_size"][0] + 1,
+            softcap=said["softcap"] or None,
+        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return by_definition(q, k, v, told, said["alibi_slopes"]).transpose(1, 2)
+
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    q, k, v = torch.randn(3, 1, 4, 12, 16, generator=torch.Generator().manual_seed(0))
+    k, v = k[:, :2], v[:, :2]
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    spec = AttentionSpec(4, 2, 16, 0.3, window=window, softcap=4.0)
+    assert torch.equal(prefill_attention(q, k, v, spec, slopes, flash=True), by_definition(q, k, v, spec, slopes))
 
 
 def test_a_block_is_far_smaller_than_a_long_prompt() -> None:

@@ -318,6 +318,18 @@ def test_text_as_an_iterator(shared: Path) -> None:
         list(awq_rt.stream(model, prompt(2, 4)))
 
 
+def test_stop_strings(shared: Path, steps: list[int]) -> None:
+    checkpoint = shared / "checkpoints" / "smollm2-135m-awq-gemm-g64"
+    fused, plain = awq_rt.load(checkpoint), awq_rt.load(checkpoint, fuse=False)
+    ids = plain.tokenizer("One, two, three,", return_tensors="pt").input_ids
+    whole = plain.tokenizer.decode(plain.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :])
+    arguments = {"max_new_tokens": 16, "do_sample": False, "stop_strings": [whole[12:15]], "tokenizer": plain.tokenizer}
+    results = [model.generate(ids, **arguments).tolist() for model in (plain, fused)]
+    assert results[0] == results[1]
+    assert len(results[0][0]) < ids.shape[1] + 16
+    assert steps
+
+
 def test_tokens_of_a_real_model(shared: Path, steps: list[int]) -> None:
     checkpoint = shared / "checkpoints" / "smollm2-135m-awq-gemm-g64"
     fused, plain = awq_rt.load(checkpoint), awq_rt.load(checkpoint, fuse=False)

@@ -66,7 +66,8 @@ def _fuse(model: Any, mapping: Mapping[str, Any] | None) -> Fusion:
     assert spec is not None
     device, dtype = places.pop(), spec.dtype
     ops = Ops(registry.get(linears[0].backend_name))
-    description = verified(finder.description(), model, ops, device, dtype)
+    flash = model.config._attn_implementation == "flash_attention_2"
+    description = verified(finder.description(), model, ops, device, dtype, flash)
     unfused = []
     for index, layer in enumerate(description.layers):
         if not isinstance(layer.mlp, GatedMlp):
@@ -74,7 +75,7 @@ def _fuse(model: Any, mapping: Mapping[str, Any] | None) -> Fusion:
                 if isinstance(module, AwqExperts):
                     module.stack()
             unfused.append((f"layers.{index}.{type(layer.mlp).__name__}", "a mixture of experts"))
-    return Fusion(Decoder(description, ops, device, dtype), tuple(unfused))
+    return Fusion(Decoder(description, ops, device, dtype, flash), tuple(unfused))
 
 
 def _packed(model: nn.Module) -> list[AwqLinear]:

@@ -18,10 +18,15 @@ CHUNK_TOKENS = 8192
 
 
 class Decoder:
-    """Logits of `description`. Stateless but for tables of angles: keys and values are the caller's."""
+    """Logits of `description`. Stateless but for tables of angles: keys and values are the caller's.
 
-    def __init__(self, description: Description, ops: Ops, device: torch.device, dtype: torch.dtype):
-        self.description, self.ops, self.device, self.dtype = description, ops, device, dtype
+    `flash` reads prompts with the package flash-attn, as `attn_implementation="flash_attention_2"` asks for.
+    """
+
+    def __init__(
+        self, description: Description, ops: Ops, device: torch.device, dtype: torch.dtype, flash: bool = False
+    ):
+        self.description, self.ops, self.device, self.dtype, self.flash = description, ops, device, dtype, flash
         self._tensors: list[AttentionTensors] = []
         self.positions = 0
         self.reserve(1)
@@ -94,7 +99,7 @@ class Decoder:
             spec, tensors = layer.attention.spec, self._tensors[index]
             keys, values = cache.keys[index], cache.values[index]
             q = self.ops.rope_append(qkv.view(batch, count, -1), first, keys, values, spec, tensors)
-            y = prefill_attention(q, keys[:, :, :end], values[:, :, :end], spec, tensors.slopes)
+            y = prefill_attention(q, keys[:, :, :end], values[:, :, :end], spec, tensors.slopes, self.flash)
             return y.transpose(1, 2).reshape(batch * count, -1)
 
         return self._layers(tokens.reshape(-1), attend)

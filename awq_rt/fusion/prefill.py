@@ -12,11 +12,16 @@ BLOCK = 512
 """Queries at a time where a mask has to be written out: it is BLOCK x keys then."""
 
 
-def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec, slopes: Tensor | None) -> Tensor:
+def prefill_attention(
+    q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec, slopes: Tensor | None, flash: bool = False
+) -> Tensor:
     """The last T of S positions attend to all before them.
 
-    `q` [B, heads, T, head_dim]; `keys` and `values` [B, kv_heads, S, head_dim] -> [B, heads, T, head_dim].
+    `q` [B, heads, T, head_dim]; `keys` and `values` [B, kv_heads, S, head_dim] -> [B, heads, T, head_dim]. `flash` uses
+    the package flash-attn, which takes windows, soft caps and slopes without a mask.
     """
+    if flash:
+        return _by_flash_attn(q, keys, values, spec, slopes)
     count, seen = q.shape[2], keys.shape[2]
     grouped = spec.heads != spec.kv_heads
     everything = spec.window is None or seen <= spec.window
@@ -45,6 +50,22 @@ def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSp
             functional.scaled_dot_product_attention(block, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped)
         )
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def _by_flash_attn(q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec, slopes: Tensor | None) -> Tensor:
+    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+    y: Tensor = flash_attn_func(
+        q.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        softmax_scale=spec.scale,
+        causal=True,
+        window_size=(-1, -1) if spec.window is None else (spec.window - 1, 0),
+        softcap=spec.softcap or 0.0,
+        alibi_slopes=slopes,
+    )
+    return y.transpose(1, 2)
 
 
 def _capped(

@@ -27,7 +27,9 @@ rounded each, and those inside attention and the MLP count for every operand. Th
 that sqrt(64) = 8 units are expected at most; 64 units bound them even where they conspire."""
 
 
-def verified(description: Description, model: Any, ops: Ops, device: torch.device, dtype: torch.dtype) -> Description:
+def verified(
+    description: Description, model: Any, ops: Ops, device: torch.device, dtype: torch.dtype, flash: bool
+) -> Description:
     """`description` with the scale of its embedding. Raises `CannotFuse` when the logits differ."""
     kinds = _kinds(description)
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -41,9 +43,8 @@ def verified(description: Description, model: Any, ops: Ops, device: torch.devic
     if _close(plain, embedded, dtype):
         scale = 1.0
     found = dataclasses.replace(description, embedding_scale=scale)
-    decoder = Decoder(
-        dataclasses.replace(found, layers=tuple(description.layers[kind] for kind in kinds)), ops, device, dtype
-    )
+    layers = tuple(description.layers[kind] for kind in kinds)
+    decoder = Decoder(dataclasses.replace(found, layers=layers), ops, device, dtype, flash)
     decoder.reserve(TOKENS)
     cache = KeyValueCache(decoder.description, 1, TOKENS, dtype, device)
     # All but the last token as a prompt, the last as a step: both ways through the decoder are tried.

@@ -27,7 +27,7 @@ CRITERIA = (
 )
 """Criteria that need nothing but the ids, which they get on the host, in order, a few steps late."""
 
-ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "tokenizer"}
 OURS = "_awq_rt_unused"
 """Marks a cache that transformers made for a generation and nobody else holds."""
 
