@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops import AttentionTensors, Ops
 from .cache import KeyValueCache
@@ -15,6 +17,11 @@ from .prefill import prefill_attention
 
 CHUNK_TOKENS = 8192
 """Tokens that go through the layers at a time while a prompt is read: their activations are all that grows with it."""
+
+LONG_PROMPT = 1024
+QUICK_TO_LAUNCH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""cuDNN's attention is the fastest on the GPU, and takes the host 0.4 ms a layer: it pays where a layer takes longer
+(H100, torch 2.11, 2026-11-22)."""
 
 
 class Decoder:
@@ -50,15 +57,14 @@ class Decoder:
         self._tensors = [AttentionTensors(cos, sin, a.q_norm, a.k_norm, a.slopes) for a in attentions]
         self.positions = positions
 
-    def prefill(self, tokens: Tensor, lengths: list[int], cache: KeyValueCache) -> Tensor:
-        """Read prompts: `tokens` [B, T], row b's first `lengths[b]` count. Returns the logits after each [B, V].
+    def prefill(self, tokens: Tensor, last: Tensor, cache: KeyValueCache) -> Tensor:
+        """Read prompts: `tokens` [B, T], row b ends at position `last[b]`, int64. Returns the logits after each [B, V].
 
-        What a row has past its length is computed and never seen: attention looks back only, and its slots in the cache
+        What a row has past its end is computed and never seen: attention looks back only, and its slots in the cache
         are written again before they are read.
         """
         batch, count = tokens.shape
         step = max(1, CHUNK_TOKENS // batch)
-        last = torch.tensor(lengths, device=self.device) - 1
         hidden = None
         for start in range(0, count, step):
             chunk = tokens[:, start : start + step]
@@ -102,7 +108,8 @@ class Decoder:
             y = prefill_attention(q, keys[:, :, :end], values[:, :, :end], spec, tensors.slopes, self.flash)
             return y.transpose(1, 2).reshape(batch * count, -1)
 
-        return self._layers(tokens.reshape(-1), attend)
+        with sdpa_kernel(QUICK_TO_LAUNCH) if count < LONG_PROMPT else contextlib.nullcontext():
+            return self._layers(tokens.reshape(-1), attend)
 
     def _layers(self, tokens: Tensor, attend: Callable[[int, Layer, Tensor], Tensor]) -> Tensor:
         """Normalised hidden states [M, H] of `tokens` [M] after every layer."""

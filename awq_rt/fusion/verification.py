@@ -48,8 +48,8 @@ def verified(
     decoder.reserve(TOKENS)
     cache = KeyValueCache(decoder.description, 1, TOKENS, dtype, device)
     # All but the last token as a prompt, the last as a step: both ways through the decoder are tried.
-    of_prompt = decoder.prefill(tokens[:, :-1], [TOKENS - 1], cache)
     position = torch.full((1,), TOKENS - 1, dtype=torch.int32, device=device)
+    of_prompt = decoder.prefill(tokens[:, :-1], position.long() - 1, cache)
     of_step = decoder.step(tokens[:, -1], position, cache)
     for logits, at, what in ((of_prompt, -2, "prompt"), (of_step, -1, "step")):
         if not _close(logits[0].float(), expected[at], dtype):

@@ -25,7 +25,7 @@ class Unsupported(Exception):
 
 
 class Sampler:
-    """`logits` float32 [B, V] -> tokens int64 [B]: processors in their order, then a draw or the largest."""
+    """`logits` [B, V] -> tokens int64 [B]: processors in their order, in float32, then a draw or the largest."""
 
     def __init__(self, processors: Any, draw: bool):
         self.draw = draw
@@ -39,6 +39,8 @@ class Sampler:
 
     def __call__(self, logits: Tensor, had: Tensor | None) -> Tensor:
         """`had` bool [B, V]: the tokens that each row has had, where `remembers`."""
+        if self.steps or self.draw:
+            logits = logits.float()
         for step in self.steps:
             logits = step(had, logits)
         if not self.draw:

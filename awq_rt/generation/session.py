@@ -1,10 +1,8 @@
-"""One batch being decoded: its cache, the tensors that a step reads and writes, and the step captured as a graph."""
+"""One batch being decoded: its cache, and the tensors that a step reads and writes."""
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
-from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -12,17 +10,24 @@ from torch import Tensor
 from ..errors import OutOfMemory
 from ..fusion import Decoder
 from ..fusion.cache import KeyValueCache
+from .graphs import Graphs
 from .sampler import Sampler
 
 AHEAD = 2
 """Steps that a GPU is given before the host has seen the tokens of the first: it never waits for the host."""
 
+SHORT_PROMPT = 512
+"""Tokens up to which reading a prompt takes the host longer than the GPU, so that it is worth a graph."""
+
+WIDTH_STEP = 16
+"""Short prompts are padded to a multiple, so that few graphs serve all."""
+
 
 class Session:
     """`batch` rows of up to `length` positions on one decoder.
 
-    A step writes each row's next token to `tokens` and moves `positions` on. On a GPU it is captured once for each way
-    of sampling and replayed; where capturing fails it runs as it is, with one warning.
+    A step writes each row's next token to `tokens` and moves `positions` on; on a GPU it is captured once for each way
+    of sampling and replayed.
     """
 
     def __init__(self, decoder: Decoder, batch: int, length: int):
@@ -33,8 +38,8 @@ class Session:
         self.positions = torch.zeros(batch, dtype=torch.int32, device=decoder.device)
         self.had: Tensor | None = None
         self.sampler = Sampler([], draw=False)
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._captures = decoder.device.type == "cuda"
+        self.graphs = Graphs(decoder.device)
+        self._prompts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._seen = 0
         self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
@@ -43,8 +48,9 @@ class Session:
         rows = len(lengths)
         self.sampler = sampler
         self._sent.clear()
+        ends = torch.tensor(lengths, device=ids.device)
         try:
-            logits = self.decoder.prefill(_left_aligned(ids, lengths), lengths, self.cache.rows(rows))
+            logits = self._read(_left_aligned(ids, lengths), ends - 1)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
                 f"{self.decoder.device} has no memory to read prompts of {rows} x {max(lengths)} tokens beside a cache "
@@ -54,8 +60,8 @@ class Session:
             self._remember(ids, logits.shape[-1])
         had = None if self.had is None or not sampler.remembers else self.had[:rows]
         self.positions.zero_()  # rows past the batch stay at their first positions, where they harm nobody
-        self.positions[:rows] = torch.tensor(lengths, dtype=torch.int32)
-        self.tokens[:rows] = sampler(logits.float(), had)
+        self.positions[:rows] = ends
+        self.tokens[:rows] = sampler(logits, had)
         self._note()
         self._seen = max(lengths)
         self._send()
@@ -63,11 +69,8 @@ class Session:
     def advance(self) -> None:
         """One step, in the device's own time."""
         self._seen += 1
-        graph = self._graph() if self._captures else None
-        if graph is not None:
-            graph.replay()
-        else:
-            self._step(self._seen)
+        seen = None if self.graphs.capturing else self._seen
+        self.graphs.run(("step", self.sampler.key), lambda: self._step(seen))
         self._send()
 
     def receive(self) -> Tensor:
@@ -86,27 +89,26 @@ class Session:
         """Steps to be outstanding before one is received."""
         return AHEAD if self.decoder.device.type == "cuda" else 0
 
-    def _step(self, seen: int | None = None) -> None:
+    def _read(self, prompts: Tensor, last: Tensor) -> Tensor:
+        """Logits [B, V] after `prompts` [B, T], of which row b ends at position `last[b]`."""
+        rows, count = prompts.shape
+        cache = self.cache.rows(rows)
+        width = -(-count // WIDTH_STEP) * WIDTH_STEP
+        if not self.graphs.capturing or rows * width > SHORT_PROMPT:
+            return self.decoder.prefill(prompts, last, cache)
+        if (rows, width) not in self._prompts:
+            self._prompts[rows, width] = (prompts.new_zeros(rows, width), last.clone())
+        tokens, ends = self._prompts[rows, width]
+        tokens[:, :count] = prompts
+        ends.copy_(last)
+        return self.graphs.run(("prompt", rows, width), lambda: self.decoder.prefill(tokens, ends, cache))
+
+    def _step(self, seen: int | None) -> Tensor:
         logits = self.decoder.step(self.tokens, self.positions, self.cache, seen)
-        self.tokens.copy_(self.sampler(logits.float(), self.had if self.sampler.remembers else None))
+        self.tokens.copy_(self.sampler(logits, self.had if self.sampler.remembers else None))
         self._note()
         self.positions += 1
-
-    def _graph(self) -> torch.cuda.CUDAGraph | None:
-        """The step as a graph; None when it cannot be one."""
-        if self.sampler.key not in self._graphs:
-            # Once as it is, to load kernels and make workspaces outside the graph: it writes what the next step will.
-            self.decoder.step(self.tokens, self.positions, self.cache)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph):
-                    self._step()
-            except RuntimeError as error:
-                self._captures = False
-                warnings.warn(f"decoding runs without a graph, more slowly: capturing failed: {error}", stacklevel=2)
-                return None
-            self._graphs[self.sampler.key] = graph
-        return self._graphs[self.sampler.key]
+        return self.tokens
 
     def _remember(self, ids: Tensor, vocabulary: int) -> None:
         if self.had is None:

@@ -90,6 +90,7 @@ def _fuse(model: Any, fuse: bool | str | Mapping[str, Any], max_seq_len: int | N
     if max_seq_len is None and isinstance(stored.get("fuse_max_seq_len"), int):
         max_seq_len = stored["fuse_max_seq_len"]
     model.fusion = fusion.fuse(model, fuse)
+    torch.cuda.empty_cache()  # what packing needed for a moment; nothing where there is no GPU in use
     if model.fusion.decoder is not None:
         generation.attach(model, model.fusion.decoder, max_seq_len)
 
