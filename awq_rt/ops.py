@@ -52,6 +52,14 @@ class AttentionTensors:
     slopes: Tensor | None = None  # [heads]: ALiBi adds slope * (key position - query position)
 
 
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x` [M, K] @ `weight` [N, K].T + `bias` [N] -> [M, N] in x's dtype, for the linear that gives logits.
+
+    `weight` is of x's dtype; or of 16 bits while x is float32, where that holds every weight exactly.
+    """
+    return functional.linear(x, weight.to(x.dtype), bias)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x` [M, H] / sqrt(mean(x^2) + eps) * `weight` float32 [H] -> [M, H] in x's dtype."""
     wide = x.float()
@@ -140,6 +148,7 @@ def _placed(
 
 
 DEFINITIONS: dict[str, Callable[..., Tensor]] = {
+    "dense_linear": dense_linear,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "gated_activation": gated_activation,
@@ -152,9 +161,11 @@ class Ops:
     """The operators that serve one backend: its own, and for what those do not serve, the definitions."""
 
     def __init__(self, backend: Backend):
+        self.own = frozenset(backend.ops)
         for name, definition in DEFINITIONS.items():
             setattr(self, name, _first_that_serves(backend.ops.get(name), definition))
 
+    dense_linear: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., Tensor]
     gated_activation: Callable[..., Tensor]

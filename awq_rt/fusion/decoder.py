@@ -14,6 +14,7 @@ from ..ops import AttentionTensors, Ops
 from .cache import KeyValueCache
 from .description import Description, GatedMlp, Layer, Norm
 from .prefill import prefill_attention
+from .projection import Projection
 
 CHUNK_TOKENS = 8192
 """Tokens that go through the layers at a time while a prompt is read: their activations are all that grows with it."""
@@ -34,6 +35,7 @@ class Decoder:
         self, description: Description, ops: Ops, device: torch.device, dtype: torch.dtype, flash: bool = False
     ):
         self.description, self.ops, self.device, self.dtype, self.flash = description, ops, device, dtype, flash
+        self._head = _head(description.head, ops)
         self._tensors: list[AttentionTensors] = []
         self.positions = 0
         self.reserve(1)
@@ -141,6 +143,23 @@ class Decoder:
         return found.reshape(x.shape)
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits = self.description.head(x)
+        logits = self._head(x)
         cap = self.description.logit_softcap
         return logits if cap is None else functional.tanh(logits / cap) * cap
+
+
+def _head(head: nn.Module, ops: Ops) -> Callable[[Tensor], Tensor]:
+    """The linear that gives logits; its weight in 16 bits where a backend reads that and nothing is lost."""
+    if not isinstance(head, nn.Linear):
+        return Projection([head])
+    weight = _narrowed(head.weight) if "dense_linear" in ops.own else head.weight
+    return lambda x: ops.dense_linear(x, weight, head.bias)
+
+
+def _narrowed(weight: Tensor) -> Tensor:
+    """`weight` in 16 bits where every value is one of 16 bits: checkpoints store it so, and the CPU widens it."""
+    for dtype in (torch.float16, torch.bfloat16):
+        narrow = weight.detach().to(dtype)
+        if weight.dtype == torch.float32 and torch.equal(narrow.float(), weight):
+            return narrow
+    return weight

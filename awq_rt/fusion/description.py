@@ -60,7 +60,7 @@ class Description:
     embedding_scale: float
     layers: tuple[Layer, ...]
     norm: Norm
-    head: Projection
+    head: nn.Module  # a linear, packed or dense
     logit_softcap: float | None
     rotary: Callable[[int], tuple[Tensor, Tensor]] | None
     rotary_limit: int | None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidConfig
+from ..linear import AwqLinear
 from ..ops import ACTIVATIONS, AttentionSpec, rms_norm
 from .description import Attention, Description, GatedMlp, Layer, Norm
 from .projection import Projection
@@ -63,7 +64,7 @@ class Finder:
             raise CannotFuse(type(self.model).__name__, "it has no decoder with a list of layers")
         assert base is not None
         head = self.model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
+        if not isinstance(head, (nn.Linear, AwqLinear)):
             raise CannotFuse("lm_head", "the model has no linear that gives logits")
         alibi = bool(self.mapping.get("use_alibi"))
         rotary = None if alibi else self._rotary(base)
@@ -76,7 +77,7 @@ class Finder:
             1.0,
             layers,
             norm,
-            Projection([head]),
+            head,
             getattr(self.config, "final_logit_softcapping", None),
             rotary,
             self._rotary_limit(),
