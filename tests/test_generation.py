@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,35 @@ def test_a_model_that_was_changed_is_not_decoded_from_old_parts(tmp_path: Path, 
     after = pair.agree(ids, max_new_tokens=8, do_sample=False)
     assert after.tolist() != before.tolist()
     assert len(steps) == taken
+
+
+def test_a_copy_has_no_decoder_and_generates(tmp_path: Path, steps: list[int]) -> None:
+    pair = Pair(tmp_path)
+    copied = copy.deepcopy(pair.fused)
+    found = copied.generate(prompt(), max_new_tokens=8, do_sample=False)
+    assert not steps
+    assert found.tolist() == pair.agree(prompt(), max_new_tokens=8, do_sample=False).tolist()
+    assert len(steps) == 7
+
+
+def test_a_model_that_moves_gets_another_decoder(tmp_path: Path, steps: list[int]) -> None:
+    pair = Pair(tmp_path)
+    before = pair.agree(prompt(), max_new_tokens=8, do_sample=False)
+    decoder = pair.fused.fusion.decoder
+    for linear in pair.fused.modules():
+        if isinstance(linear, awq_rt.AwqLinear):  # what moving to another device and back does
+            linear.bind(linear.weight_canonical(), torch.float32)
+    assert pair.agree(prompt(), max_new_tokens=8, do_sample=False).tolist() == before.tolist()
+    assert pair.fused.fusion.decoder is not decoder
+    assert len(steps) == 14
+
+
+def test_training_and_autocast_are_left_to_transformers(tmp_path: Path, steps: list[int]) -> None:
+    pair = Pair(tmp_path)
+    for model in (pair.fused, pair.plain):
+        model.train()
+    pair.agree(prompt(), max_new_tokens=4, do_sample=False)
+    assert not steps
 
 
 def test_max_seq_len_is_kept(tmp_path: Path) -> None:

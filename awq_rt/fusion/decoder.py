@@ -48,6 +48,17 @@ class Decoder:
             for parent, name, child in self.description.parts
         )
 
+    @property
+    def current(self) -> bool:
+        """Whether the weights are still where they were: a model that moved needs another decoder."""
+        layers = self.description.layers
+        projections = [p for layer in layers for p in (layer.attention.qkv, layer.attention.out)]
+        for layer in layers:
+            if isinstance(layer.mlp, GatedMlp):
+                projections += [layer.mlp.gate_up, layer.mlp.down]
+        weight = self.description.embedding.weight
+        return weight.device == self.device and all(projection.current for projection in projections)
+
     def reserve(self, positions: int) -> None:
         """Make the tables of angles long enough for `positions`."""
         if positions <= self.positions:

@@ -27,17 +27,29 @@ class Projection:
         if len(packed) == len(self.linears) and len({linear.backend_name for linear in packed}) == 1:
             self._linear = registry.get(packed[0].backend_name).linear
             self._product = _joined(packed) if len(packed) > 1 else packed[0].packed
+        self._pointers = [_pointer(linear) for linear in self.linears]
 
     @property
     def joined(self) -> bool:
         """Whether this is one product."""
         return self._product is not None or len(self.linears) == 1
 
+    @property
+    def current(self) -> bool:
+        """Whether the linears still hold what was joined: one that moves to another device or dtype is packed anew."""
+        return all(pointer == _pointer(linear) for pointer, linear in zip(self._pointers, self.linears, strict=True))
+
     def __call__(self, x: Tensor) -> Tensor:
         if self._linear is not None and self._product is not None:
             return self._linear(x, self._product)
         outputs = [linear(x) for linear in self.linears]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _pointer(linear: nn.Module) -> int:
+    weight = linear.packed_0 if isinstance(linear, AwqLinear) else linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.data_ptr()
 
 
 def _joined(linears: Sequence[AwqLinear]) -> Packed | None:

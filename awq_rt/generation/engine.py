@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.generation import stopping_criteria as stopping
 
 from ..errors import InvalidInput
-from ..fusion import Decoder
+from ..fusion import Decoder, fuse
 from ..fusion.cache import rounded_length
 from .sampler import Sampler, Unsupported
 from .session import Session
@@ -35,47 +35,38 @@ OURS = "_awq_rt_unused"
 class Engine:
     """Decodes for one model. One generation at a time: others wait for it, as they share its buffers."""
 
-    def __init__(self, decoder: Decoder, max_seq_len: int | None):
+    def __init__(self, decoder: Decoder | None, max_seq_len: int | None):
         self.decoder, self.max_seq_len = decoder, max_seq_len
         self._lock = threading.Lock()
         self._session: Session | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        return Engine(None, self.max_seq_len)  # a copied model has weights of its own
 
     def generate(
         self, ids: Tensor, lengths: list[int], sampler: Sampler, criteria: Any, pad: Tensor | None, streamer: Any
     ) -> Tensor:
         """`ids` [B, T], row b's last `lengths[b]` count -> [B, T + new]. Stops when `criteria` say so for every row."""
         with self._lock:
-            return self._generate(ids, lengths, sampler, criteria, pad, streamer)
+            session = self._session_for(len(ids), max(lengths) + criteria.max_length - ids.shape[1])
+            try:
+                session.start(ids, lengths, sampler)
+                return _collect(session, ids, criteria, pad, streamer)
+            finally:
+                session.finish()
 
-    def _generate(
-        self, ids: Tensor, lengths: list[int], sampler: Sampler, criteria: Any, pad: Tensor | None, streamer: Any
-    ) -> Tensor:
-        batch, prompt = ids.shape
-        most_new = criteria.max_length - prompt
-        session = self._session_for(batch, max(lengths) + most_new)
-        session.start(ids, lengths, sampler)
-        pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        out = torch.empty(batch, criteria.max_length, dtype=ids.dtype)
-        out[:, :prompt] = ids
-        unfinished = torch.ones(batch, dtype=torch.bool)
-        count, requested = prompt, 1
-        while True:
-            while requested < most_new and session.outstanding <= session.ahead:
-                session.advance()
-                requested += 1
-            tokens = session.receive()[:batch]
-            if pads and pad is not None:
-                tokens = torch.where(unfinished, tokens, pad)
-            out[:, count] = tokens
-            count += 1
-            if streamer is not None:
-                streamer.put(tokens)
-            unfinished &= ~criteria(out[:, :count], None)
-            if not bool(unfinished.any()):
-                break
-        if streamer is not None:
-            streamer.end()
-        return out[:, :count].to(ids.device)
+    def decoder_of(self, model: Any) -> Decoder:
+        """The decoder of `model` as it is now. Raises `Unsupported` when there is none."""
+        with self._lock:
+            if self.decoder is not None and not self.decoder.current:
+                self.decoder = self._session = None  # their weights are no longer the model's
+                model.fusion = fuse(model)
+                self.decoder = model.fusion.decoder
+        if self.decoder is None or not self.decoder.intact:
+            raise Unsupported("the model was changed after it was loaded")
+        if model.training or torch.is_autocast_enabled(self.decoder.device.type):
+            raise Unsupported("the model is in training, or under autocast")
+        return self.decoder
 
     def _session_for(self, batch: int, length: int) -> Session:
         """The session of the generation before where it fits, else a new one in its place."""
@@ -84,46 +75,13 @@ class Engine:
                 f"the generation may grow to {length} positions, and the model was loaded with max_seq_len="
                 f"{self.max_seq_len}; load it with max_seq_len={length} or more, or lower max_new_tokens"
             )
+        assert self.decoder is not None
         rows = 1 << (batch - 1).bit_length() if self.decoder.device.type == "cuda" else batch
         session = self._session
         if session is None or len(session.tokens) != rows or session.cache.length < length:
             self._session = None  # its memory is needed first
             self._session = session = Session(self.decoder, rows, rounded_length(self.max_seq_len or length))
         return session
-
-    def prompt_lengths(
-        self, ids: Tensor, config: Any, criteria: Any, synced_gpus: bool, arguments: dict[str, Any]
-    ) -> list[int]:
-        """How many of each row's ids count, at its end. Raises `Unsupported` for what the engine does not run."""
-        if synced_gpus or config.return_dict_in_generate:
-            raise Unsupported("the result has more than tokens, or is of several processes in step")
-        if not self.decoder.intact:
-            raise Unsupported("the model was changed after it was loaded")
-        if unknown := sorted(name for name in set(arguments) - ARGUMENTS if arguments[name] is not None):
-            raise Unsupported(f"the model is given {', '.join(unknown)}")
-        cache = arguments.get("past_key_values")
-        if not arguments.get("use_cache", True) or not getattr(cache, OURS, False):
-            raise Unsupported("the cache is the caller's, or is turned off")
-        if other := [type(c).__name__ for c in criteria if type(c) not in CRITERIA]:
-            raise Unsupported(f"it is stopped by {', '.join(other)}")
-        batch, count = ids.shape
-        if count == 0 or criteria.max_length is None or criteria.max_length <= count:
-            raise Unsupported("there is no prompt, or no token to make")
-        limit = self.decoder.description.rotary_limit
-        if limit is not None and criteria.max_length > limit:
-            raise Unsupported(f"past {limit} positions the angles depend on the length")
-        mask = arguments.get("attention_mask")
-        lengths = [count] * batch if mask is None else mask.sum(-1).tolist()
-        if mask is not None:
-            if mask.shape != ids.shape or min(lengths) == 0:
-                raise Unsupported("the attention mask leaves nothing of a row, or has another shape")
-            padding = torch.arange(count, device=mask.device) < count - mask.sum(-1, keepdim=True)
-            if not bool((mask.bool() == ~padding).all()):
-                raise Unsupported("the attention mask is more than padding on the left")
-        positions = arguments.get("position_ids")
-        if positions is not None and not _usual(positions, lengths):
-            raise Unsupported("the positions are the caller's")
-        return lengths
 
 
 class FusedGeneration:
@@ -153,8 +111,11 @@ class FusedGeneration:
     ) -> Any:
         engine = self.awq_rt_engine
         try:
+            decoder = engine.decoder_of(self)
             sampler = Sampler(logits_processor, generation_config.do_sample)
-            lengths = engine.prompt_lengths(input_ids, generation_config, stopping_criteria, synced_gpus, model_kwargs)
+            lengths = _prompt_lengths(
+                decoder, input_ids, generation_config, stopping_criteria, synced_gpus, model_kwargs
+            )
         except Unsupported as reason:
             log.info("transformers' own loop runs this generation: %s", reason)
             arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
@@ -170,6 +131,63 @@ def attach(model: Any, decoder: Decoder, max_seq_len: int | None = None) -> None
     own = type(model)
     model.__class__ = type(own.__name__, (FusedGeneration, own), {"__module__": own.__module__, "__doc__": own.__doc__})
     model.awq_rt_engine = Engine(decoder, max_seq_len)
+
+
+def _collect(session: Session, ids: Tensor, criteria: Any, pad: Tensor | None, streamer: Any) -> Tensor:
+    """The tokens of a session that has read its prompts, after `ids` [B, T], until `criteria` stop every row."""
+    batch, count = ids.shape
+    left = criteria.max_length - count - 1  # steps to be requested: the first token comes with the prompt
+    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+        pad = None
+    out = torch.empty(batch, criteria.max_length, dtype=ids.dtype)
+    out[:, :count] = ids
+    unfinished = torch.ones(batch, dtype=torch.bool)
+    while bool(unfinished.any()):
+        while left and session.outstanding <= session.ahead:
+            session.advance()
+            left -= 1
+        tokens = session.receive()[:batch]
+        out[:, count] = tokens if pad is None else torch.where(unfinished, tokens, pad)
+        count += 1
+        if streamer is not None:
+            streamer.put(out[:, count - 1])
+        unfinished &= ~criteria(out[:, :count], None)
+    if streamer is not None:
+        streamer.end()
+    return out[:, :count].to(ids.device)
+
+
+def _prompt_lengths(
+    decoder: Decoder, ids: Tensor, config: Any, criteria: Any, synced_gpus: bool, arguments: dict[str, Any]
+) -> list[int]:
+    """How many of each row's ids count, at its end. Raises `Unsupported` for what the engine does not run."""
+    if synced_gpus or config.return_dict_in_generate:
+        raise Unsupported("the result has more than tokens, or is of several processes in step")
+    if unknown := sorted(name for name in set(arguments) - ARGUMENTS if arguments[name] is not None):
+        raise Unsupported(f"the model is given {', '.join(unknown)}")
+    cache = arguments.get("past_key_values")
+    if not arguments.get("use_cache", True) or not getattr(cache, OURS, False):
+        raise Unsupported("the cache is the caller's, or is turned off")
+    if other := [type(c).__name__ for c in criteria if type(c) not in CRITERIA]:
+        raise Unsupported(f"it is stopped by {', '.join(other)}")
+    batch, count = ids.shape
+    if count == 0 or criteria.max_length is None or criteria.max_length <= count:
+        raise Unsupported("there is no prompt, or no token to make")
+    limit = decoder.description.rotary_limit
+    if limit is not None and criteria.max_length > limit:
+        raise Unsupported(f"past {limit} positions the angles depend on the length")
+    mask = arguments.get("attention_mask")
+    lengths = [count] * batch if mask is None else mask.sum(-1).tolist()
+    if mask is not None:
+        if mask.shape != ids.shape or min(lengths) == 0:
+            raise Unsupported("the attention mask leaves nothing of a row, or has another shape")
+        padding = torch.arange(count, device=mask.device) < count - mask.sum(-1, keepdim=True)
+        if not bool((mask.bool() == ~padding).all()):
+            raise Unsupported("the attention mask is more than padding on the left")
+    positions = arguments.get("position_ids")
+    if positions is not None and not _usual(positions, lengths):
+        raise Unsupported("the positions are the caller's")
+    return lengths
 
 
 def _usual(positions: Tensor, lengths: list[int]) -> bool:

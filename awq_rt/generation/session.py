@@ -80,6 +80,11 @@ class Session:
             event.synchronize()
         return tokens
 
+    def finish(self) -> None:
+        """Wait for what was requested and is not wanted: the buffers may next be used from another stream."""
+        while self._sent:
+            self.receive()
+
     @property
     def outstanding(self) -> int:
         return len(self._sent)

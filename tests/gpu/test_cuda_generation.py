@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import awq_rt
 from awq_rt.errors import OutOfMemory
 from awq_rt.fusion.cache import KeyValueCache
 from awq_rt.fusion.verification import ROUNDINGS
+from awq_rt.generation import session
 from awq_rt.generation.graphs import Graphs
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "mixtral", "qwen3_moe")
@@ -151,3 +153,29 @@ def test_a_generation_does_not_depend_on_the_stream(tmp_path: Path) -> None:
         found = [model.generate(prompt(), max_new_tokens=20, do_sample=False) for _ in range(2)]
     stream.synchronize()
     assert all(torch.equal(result, expected) for result in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_perplexity_of_a_real_model(shared: Path, dtype: torch.dtype) -> None:
+    """Every position through the captured step, beside transformers' own forward pass."""
+    model = awq_rt.load(shared / "checkpoints" / "smollm2-135m-awq-gemm-g64", dtype=dtype)
+    text = (Path(__file__).resolve().parents[2] / "LICENSE").read_text()
+    ids = model.tokenizer(text, return_tensors="pt").input_ids[:, :512].cuda()
+    count = ids.shape[1]
+    running = session.Session(model.fusion.decoder, 1, count + 1)
+    found = []
+    with torch.no_grad():
+        expected = model(ids).logits[0, :-1].float()
+        for position in range(count - 1):
+            running.tokens.copy_(ids[:, position])
+            running.positions.fill_(position)
+            step = running.graphs.run("logits", lambda: running.decoder.step(*running_arguments(running)))
+            found.append(step[0].float().clone())
+    losses = [torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item() for logits in (torch.stack(found), expected)]
+    perplexities = [math.exp(loss) for loss in losses]
+    assert abs(perplexities[0] / perplexities[1] - 1) < (0.001 if dtype == torch.float16 else 0.01)
+    assert 2 < perplexities[0] < 30
+
+
+def running_arguments(running: session.Session) -> tuple[Any, ...]:
+    return running.tokens, running.positions, running.cache
