@@ -39,7 +39,7 @@ test-transformers: $(VENV)/.development  ## the model tests on the older support
 	  echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
 	    > $$($(VENV)-transformers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth; \
 	  $(VENV)-transformers/bin/python -m pip install --quiet -c constraints.txt transformers==$$version; \
-	  $(VENV)-transformers/bin/python -m pytest -q tests/test_models.py || exit 1; \
+	  $(VENV)-transformers/bin/python -m pytest -q tests/test_models.py tests/test_fusion.py tests/test_generation.py || exit 1; \
 	done
 
 bench: $(VENV)/.development  ## the figures of benchmarks/ that need no GPU

@@ -79,8 +79,8 @@ class Engine:
         rows = 1 << (batch - 1).bit_length() if self.decoder.device.type == "cuda" else batch
         session = self._session
         if session is None or len(session.tokens) != rows or session.cache.length < length:
-            self._session = None  # its memory is needed first
-            self._session = session = Session(self.decoder, rows, rounded_length(self.max_seq_len or length))
+            session = self._session = None  # its memory is needed first
+            session = self._session = Session(self.decoder, rows, rounded_length(self.max_seq_len or length))
         return session
 
 

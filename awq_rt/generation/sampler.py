@@ -33,12 +33,12 @@ class Sampler:
         self.key: Hashable = (draw, *(_key(step) for step in self.steps))
 
     @property
-    def remembers(self) -> bool:
-        """Whether a processor needs to know which tokens a row has had."""
-        return any(isinstance(step, RepetitionPenalty) for step in self.steps)
+    def penalty(self) -> RepetitionPenalty | None:
+        """The processor that needs to know which tokens a row has had, if there is one."""
+        return next((step for step in self.steps if isinstance(step, RepetitionPenalty)), None)
 
     def __call__(self, logits: Tensor, had: Tensor | None) -> Tensor:
-        """`had` bool [B, V]: the tokens that each row has had, where `remembers`."""
+        """`had` bool [B, V + 1]: the tokens that each row has had, where there is a `penalty`."""
         if self.steps or self.draw:
             logits = logits.float()
         for step in self.steps:
@@ -51,25 +51,38 @@ class Sampler:
 
 
 class RepetitionPenalty:
-    """transformers' processor with the set of tokens kept up instead of read from all ids at every step."""
+    """transformers' processor with the set of tokens kept up instead of read from all ids at every step.
 
-    def __init__(self, penalty: float):
-        self.penalty = penalty
+    The first `ignored` ids of each row, a number or int [B], do not count.
+    """
+
+    def __init__(self, penalty: float, ignored: int | Tensor):
+        self.penalty, self.ignored = penalty, ignored
+
+    def tokens_of(self, ids: Tensor, vocabulary: int) -> Tensor:
+        """The tokens bool [B, V + 1] in `ids` [B, T]; the last place takes what does not count."""
+        at = torch.arange(ids.shape[1], device=ids.device)
+        ignored = self.ignored.to(ids.device)[:, None] if isinstance(self.ignored, Tensor) else self.ignored
+        counted = ids.clamp(max=vocabulary).masked_fill(at < ignored, vocabulary)
+        return torch.zeros(len(ids), vocabulary + 1, dtype=torch.bool, device=ids.device).scatter_(1, counted, True)
 
     def __call__(self, had: Tensor, logits: Tensor) -> Tensor:
+        had = had[:, : logits.shape[1]]
         return torch.where(had, torch.where(logits < 0, logits * self.penalty, logits / self.penalty), logits)
 
 
 def _step(processor: Any) -> Any:
     if type(processor) in CAPTURABLE:
         return processor
-    penalises = type(processor) is logits_process.RepetitionPenaltyLogitsProcessor
-    if penalises and not getattr(processor, "prompt_ignore_length", None):
-        return RepetitionPenalty(processor.penalty)
+    if type(processor) is logits_process.RepetitionPenaltyLogitsProcessor:
+        ignored = processor.prompt_ignore_length
+        return RepetitionPenalty(processor.penalty, 0 if ignored is None else ignored)
     raise Unsupported(f"logits go through {type(processor).__name__}")
 
 
 def _key(step: Any) -> Hashable:
+    if isinstance(step, RepetitionPenalty):
+        return ("RepetitionPenalty", step.penalty)
     return (type(step).__name__, *sorted((name, _plain(value)) for name, value in vars(step).items()))
 
 

@@ -56,9 +56,9 @@ class Session:
                 f"{self.decoder.device} has no memory to read prompts of {rows} x {max(lengths)} tokens beside a cache "
                 f"of {self.cache.batch} x {self.cache.length} positions ({error}); give fewer rows, or set max_seq_len"
             ) from error
-        if sampler.remembers:
-            self._remember(ids, logits.shape[-1])
-        had = None if self.had is None or not sampler.remembers else self.had[:rows]
+        had = None
+        if sampler.penalty is not None:
+            had = self._remember(sampler.penalty.tokens_of(ids, logits.shape[-1]))
         self.positions.zero_()  # rows past the batch stay at their first positions, where they harm nobody
         self.positions[:rows] = ends
         self.tokens[:rows] = sampler(logits, had)
@@ -110,19 +110,20 @@ class Session:
 
     def _step(self, seen: int | None) -> Tensor:
         logits = self.decoder.step(self.tokens, self.positions, self.cache, seen)
-        self.tokens.copy_(self.sampler(logits, self.had if self.sampler.remembers else None))
+        self.tokens.copy_(self.sampler(logits, self.had))
         self._note()
         self.positions += 1
         return self.tokens
 
-    def _remember(self, ids: Tensor, vocabulary: int) -> None:
+    def _remember(self, tokens: Tensor) -> Tensor:
+        """Keep the tokens [B, V + 1] that rows have had where a captured step finds them; returns those of the rows."""
         if self.had is None:
-            self.had = torch.zeros(len(self.tokens), vocabulary, dtype=torch.bool, device=self.decoder.device)
-        self.had.zero_()
-        self.had[: len(ids)].scatter_(1, ids, True)  # padding too, as in transformers
+            self.had = tokens.new_zeros(len(self.tokens), tokens.shape[1])
+        self.had[: len(tokens)] = tokens
+        return self.had[: len(tokens)]
 
     def _note(self) -> None:
-        if self.sampler.remembers:
+        if self.sampler.penalty is not None:
             assert self.had is not None
             self.had.scatter_(1, self.tokens[:, None], True)
 
