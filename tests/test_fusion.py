@@ -218,7 +218,9 @@ def test_a_block_is_far_smaller_than_a_long_prompt() -> None:
 # --- experts that the device chooses ---------------------------------------------------------------------------------
 
 
-def test_experts_chosen_on_the_device_compute_what_the_loop_does(tmp_path: Path) -> None:
+def test_experts_chosen_on_the_device_compute_what_the_loop_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     experts = loaded(tmp_path, "mixtral", fuse=False).model.layers[0].mlp.experts
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([[0.7, 0.3], [0.9, 0.1]])
@@ -228,7 +230,7 @@ def test_experts_chosen_on_the_device_compute_what_the_loop_does(tmp_path: Path)
     found = experts(x, chosen, weights)
     assert torch.allclose(found, looped, rtol=0, atol=1e-6)  # two float32 terms are added in another order
     assert not torch.allclose(experts(x, chosen.clamp(max=3), weights), looped, rtol=0, atol=1e-6)
-    again = experts(
-        torch.cat([x, x]), torch.cat([chosen, chosen]), torch.cat([weights, weights])
-    )  # by the loop, on views
-    assert torch.equal(again, torch.cat([looped, looped]))
+    many = [torch.cat([part, part, part]) for part in (x, chosen, weights)]  # more than there are experts: all of them
+    assert torch.allclose(experts(*many), torch.cat([looped, looped, looped]), rtol=0, atol=1e-6)
+    monkeypatch.setattr("awq_rt.models.experts.FEW_TOKENS", 0)
+    assert torch.equal(experts(x, chosen, weights), looped)  # the loop again, on views

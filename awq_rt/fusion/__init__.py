@@ -75,7 +75,7 @@ def _fuse(model: Any, mapping: Mapping[str, Any] | None) -> Fusion:
     for index, layer in enumerate(description.layers):
         if not isinstance(layer.mlp, GatedMlp):
             for module in layer.mlp.modules():
-                if isinstance(module, AwqExperts):
+                if isinstance(module, AwqExperts) and device.type != "cpu":
                     module.stack()
             unfused.append((f"layers.{index}.{type(layer.mlp).__name__}", "a mixture of experts"))
     return Fusion(Decoder(description, ops, device, dtype, flash), tuple(unfused))

@@ -49,6 +49,11 @@ class Decoder:
         )
 
     @property
+    def has_mixtures(self) -> bool:
+        """Whether reading a prompt lets the host choose experts, which a graph cannot hold."""
+        return not all(isinstance(layer.mlp, GatedMlp) for layer in self.description.layers)
+
+    @property
     def current(self) -> bool:
         """Whether the weights are still where they were: a model that moved needs another decoder."""
         layers = self.description.layers

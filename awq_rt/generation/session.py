@@ -99,7 +99,7 @@ class Session:
         rows, count = prompts.shape
         cache = self.cache.rows(rows)
         width = -(-count // WIDTH_STEP) * WIDTH_STEP
-        if not self.graphs.capturing or rows * width > SHORT_PROMPT:
+        if not self.graphs.capturing or rows * width > SHORT_PROMPT or self.decoder.has_mixtures:
             return self.decoder.prefill(prompts, last, cache)
         if (rows, width) not in self._prompts:
             self._prompts[rows, width] = (prompts.new_zeros(rows, width), last.clone())

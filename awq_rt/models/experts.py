@@ -12,6 +12,9 @@ from ..backend import Packed
 from ..formats import LinearShape
 from ..linear import AwqLinear
 
+FEW_TOKENS = 64
+"""Up to so many tokens the device chooses experts itself where `stack` has prepared it, without the host's help."""
+
 
 class AwqExperts(nn.Module):
     """E gated feed-forward experts: `gate_up[e]` is [H -> 2I], gate before up, and `down[e]` [I -> H].
@@ -29,8 +32,10 @@ class AwqExperts(nn.Module):
         self._gate_rule: Callable[..., Tensor] | None = getattr(type(replaced), "_apply_gate", None)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if self._stacks is not None and top_k_index.numel() <= len(self.gate_up):
-            return self._chosen_on_device(hidden_states, top_k_index, top_k_weights)
+        if self._stacks is not None and len(hidden_states) <= FEW_TOKENS:
+            few = top_k_index.numel() <= len(self.gate_up)
+            by = self._chosen_on_device if few else self._all_on_device
+            return by(hidden_states, top_k_index, top_k_weights)
         y = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             if expert >= len(self.gate_up):  # one past the last means "none", where tokens are padding
@@ -74,6 +79,16 @@ class AwqExperts(nn.Module):
                 outs.append(out * share.to(out.dtype))
             rows.append(torch.stack(outs).sum(0))
         return torch.cat(rows).to(hidden_states.dtype)
+
+    def _all_on_device(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As `forward`, every expert for all tokens: many tokens hit most experts, and each is read once."""
+        y = torch.zeros_like(hidden_states)
+        for expert, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True)):
+            hit = top_k_index == expert
+            share = (top_k_weights * hit).sum(-1, keepdim=True)
+            out = down(self._apply_gate(gate_up(hidden_states))) * share
+            y += out.to(y.dtype).masked_fill(~hit.any(-1, keepdim=True), 0.0)
+        return y
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         if self._gate_rule is not None:
