@@ -143,6 +143,8 @@ def test_every_limit_on_the_length(pair: Pair, steps: list[int]) -> None:
 
 
 def test_a_prompt_in_chunks(pair: Pair, monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
+    monkeypatch.setattr("awq_rt.fusion.decoder.CHUNK_TOKENS", 30)
+    pair.agree(prompt(5, 12), max_new_tokens=8, do_sample=False)  # two rows at a time
     monkeypatch.setattr("awq_rt.fusion.decoder.CHUNK_TOKENS", 8)
     pair.agree(prompt(1, 45), max_new_tokens=8, do_sample=False)
     ids, mask = padded(prompt(2, 21), 13, 0)  # the shorter row ends in an earlier chunk

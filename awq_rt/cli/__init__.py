@@ -11,6 +11,7 @@ import click
 
 from .. import __version__
 from ..errors import AwqRtError
+from .bench import bench
 from .convert import convert
 from .doctor import doctor
 from .generate import generate
@@ -68,7 +69,7 @@ def cli() -> None:
     """Run 4-bit AWQ language models on whatever GPU there is, or on none."""
 
 
-for command in (generate, inspect, convert, doctor):
+for command in (generate, inspect, convert, bench, doctor):
     cli.add_command(command)
 
 

@@ -14,6 +14,7 @@ from ..errors import CannotFuseModel
 from ..linear import AwqLinear
 from ..models.experts import AwqExperts
 from ..ops import Ops
+from .arena import move_together
 from .decoder import Decoder as Decoder
 from .description import GatedMlp
 from .discovery import CannotFuse, Finder
@@ -70,7 +71,13 @@ def _fuse(model: Any, mapping: Mapping[str, Any] | None) -> Fusion:
     device, dtype = places.pop(), spec.dtype
     ops = Ops(registry.get(linears[0].backend_name))
     flash = model.config._attn_implementation == "flash_attention_2"
-    description = verified(finder.description(), model, ops, device, dtype, flash)
+    found = finder.description()
+    if device.type == "cuda":
+        for layer in found.layers:
+            move_together(layer.projections)
+            torch.cuda.empty_cache()
+        torch.cuda.synchronize(device)  # kernels may read weights before the kernels ahead of them have ended
+    description = verified(found, model, ops, device, dtype, flash)
     unfused = []
     for index, layer in enumerate(description.layers):
         if not isinstance(layer.mlp, GatedMlp):

@@ -32,11 +32,11 @@ class KeyValueCache:
         self.keys, self.values = [], []  # what was half made goes before what is free is asked
         raise OutOfMemory(_what_would_fit(shapes, dtype, device, batch, length))
 
-    def rows(self, count: int) -> KeyValueCache:
-        """The first `count` rows, in the same memory."""
+    def rows(self, part: slice) -> KeyValueCache:
+        """Some of the rows, in the same memory."""
         view = object.__new__(KeyValueCache)
-        view.batch, view.length = count, self.length
-        view.keys, view.values = [k[:count] for k in self.keys], [v[:count] for v in self.values]
+        view.keys, view.values = [keys[part] for keys in self.keys], [values[part] for values in self.values]
+        view.batch, view.length = len(view.keys[0]), self.length
         return view
 
 

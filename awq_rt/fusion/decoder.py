@@ -56,12 +56,8 @@ class Decoder:
     @property
     def current(self) -> bool:
         """Whether the weights are still where they were: a model that moved needs another decoder."""
-        layers = self.description.layers
-        projections = [p for layer in layers for p in (layer.attention.qkv, layer.attention.out)]
-        for layer in layers:
-            if isinstance(layer.mlp, GatedMlp):
-                projections += [layer.mlp.gate_up, layer.mlp.down]
         weight = self.description.embedding.weight
+        projections = (projection for layer in self.description.layers for projection in layer.projections)
         return weight.device == self.device and all(projection.current for projection in projections)
 
     def reserve(self, positions: int) -> None:
@@ -81,18 +77,24 @@ class Decoder:
         What a row has past its end is computed and never seen: attention looks back only, and its slots in the cache
         are written again before they are read.
         """
+        rows = max(1, CHUNK_TOKENS // tokens.shape[1])
+        parts = [slice(first, first + rows) for first in range(0, len(tokens), rows)]
+        hidden = [self._last_hidden(tokens[part], last[part], cache.rows(part)) for part in parts]
+        return self._logits(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+
+    def _last_hidden(self, tokens: Tensor, last: Tensor, cache: KeyValueCache) -> Tensor:
+        """Final hidden states [B, H] at positions `last`, chunk by chunk where the rows are long."""
         batch, count = tokens.shape
-        step = max(1, CHUNK_TOKENS // batch)
         hidden = None
-        for start in range(0, count, step):
-            chunk = tokens[:, start : start + step]
+        for start in range(0, count, CHUNK_TOKENS):
+            chunk = tokens[:, start : start + CHUNK_TOKENS]
             found = self._chunk(chunk, start, cache).view(batch, chunk.shape[1], -1)
             at = (last - start).clamp(0, chunk.shape[1] - 1)
             of_last = found[torch.arange(batch, device=self.device), at]
-            ends = ((last >= start) & (last < start + step))[:, None]
+            ends = ((last >= start) & (last < start + CHUNK_TOKENS))[:, None]
             hidden = of_last if hidden is None else torch.where(ends, of_last, hidden)
         assert hidden is not None
-        return self._logits(hidden)
+        return hidden
 
     def step(self, tokens: Tensor, positions: Tensor, cache: KeyValueCache, seen: int | None = None) -> Tensor:
         """One more token a row: `tokens` [B] at `positions` int32 [B]. Returns logits [B, V].

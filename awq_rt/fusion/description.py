@@ -47,6 +47,11 @@ class Layer:
     mlp: GatedMlp | nn.Module
     mlp_post_norm: Norm | None
 
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        of_mlp = (self.mlp.gate_up, self.mlp.down) if isinstance(self.mlp, GatedMlp) else ()
+        return (self.attention.qkv, self.attention.out, *of_mlp)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Description:

@@ -35,6 +35,21 @@ class Projection:
         return self._product is not None or len(self.linears) == 1
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those of the product; none where there is not one, or its linear is dense."""
+        return () if self._product is None else self._product.tensors
+
+    def hold(self, moved: Sequence[Tensor]) -> None:
+        """Keep `moved`, the product's `tensors` at other addresses; each linear gets its part of them as views."""
+        assert self._product is not None
+        for linear in self.linears:
+            assert isinstance(linear, AwqLinear)
+            parts = zip(moved, self._product.tensors, linear.packed.tensors, strict=True)
+            linear.hold(Packed(linear.layout, tuple(_same_part(new, old, part) for new, old, part in parts)))
+        self._product = Packed(self._product.layout, tuple(moved))
+        self._pointers = [_pointer(linear) for linear in self.linears]
+
+    @property
     def current(self) -> bool:
         """Whether the linears still hold what was joined: one that moves to another device or dtype is packed anew."""
         return all(pointer == _pointer(linear) for pointer, linear in zip(self._pointers, self.linears, strict=True))
@@ -44,6 +59,12 @@ class Projection:
             return self._linear(x, self._product)
         outputs = [linear(x) for linear in self.linears]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _same_part(new: Tensor, old: Tensor, part: Tensor) -> Tensor:
+    """The view of `new` that `part` is of `old`."""
+    offset = new.storage_offset() + part.storage_offset() - old.storage_offset()
+    return new.as_strided(part.shape, part.stride(), offset)
 
 
 def _pointer(linear: nn.Module) -> int:

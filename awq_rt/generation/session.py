@@ -97,7 +97,7 @@ class Session:
     def _read(self, prompts: Tensor, last: Tensor) -> Tensor:
         """Logits [B, V] after `prompts` [B, T], of which row b ends at position `last[b]`."""
         rows, count = prompts.shape
-        cache = self.cache.rows(rows)
+        cache = self.cache.rows(slice(rows))
         width = -(-count // WIDTH_STEP) * WIDTH_STEP
         if not self.graphs.capturing or rows * width > SHORT_PROMPT or self.decoder.has_mixtures:
             return self.decoder.prefill(prompts, last, cache)
