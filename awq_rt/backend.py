@@ -6,7 +6,7 @@ with the members of `Backend`. It receives canonical weights and returns opaque 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .devices import Device, Probe, Refusal
 from .weights import AwqWeight
 
-CONTRACT = (1, 0)
+CONTRACT = (1, 1)
 """(major, minor). A plugin is accepted when its major is ours and its minor is not above ours."""
 
 
@@ -32,11 +32,13 @@ class LinearSpec:
     bias: bool = False
     kernel: str = "auto"
     bits: Literal[4] = 4
+    scale_dtype: torch.dtype = torch.float16
 
     @classmethod
     def of(cls, weight: AwqWeight, dtype: torch.dtype, kernel: str = "auto") -> LinearSpec:
         sizes = (weight.in_features, weight.out_features, weight.group_size)
-        return cls(*sizes, dtype, weight.symmetric, weight.bias is not None, kernel)
+        bias = weight.bias is not None
+        return cls(*sizes, dtype, weight.symmetric, bias, kernel, scale_dtype=weight.scales.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +47,16 @@ class Packed:
 
     layout: str
     tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A kernel that is ready in the cache, `done` of `total`; `compiled` says that it was not there before."""
+
+    name: str
+    compiled: bool
+    done: int
+    total: int
 
 
 class Backend(Protocol):
@@ -69,3 +81,17 @@ class Backend(Protocol):
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         """`x` [..., K] of the spec's dtype -> [..., N]. On the current stream; never waits; memory from torch only."""
+
+
+class Joins(Protocol):
+    """What a backend may bring beside: weights that read the same x, as one."""
+
+    def join(self, parts: Sequence[Packed]) -> tuple[Packed, tuple[Packed, ...]] | None:
+        """One `Packed` with the columns of all `parts`, and each again as a view of it; None where there is none."""
+
+
+class Warms(Protocol):
+    """What a backend may bring beside (since 1.1): kernels that are compiled at run time, compiled ahead."""
+
+    def warmup(self, specs: Sequence[LinearSpec], device: torch.device) -> Iterator[Prepared]:
+        """Compile all that `linear` will need for `specs` on `device`; each kernel as it is ready, before `pack`."""

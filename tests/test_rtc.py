@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from awq_rt.rtc import Builder, CompileForbidden, KernelStore, Program
+from awq_rt.rtc import Builder, CompileFailed, CompileForbidden, KernelStore, Program
 from awq_rt.rtc.program import source_closure
 
 PROGRAM = Program((("main.cu", "kernel"),), (("ROWS", "1"),), "sm_90")
@@ -105,6 +106,23 @@ def test_a_cache_that_cannot_be_written_warns_once_and_compiles(tmp_path: Path, 
     builder.machine_code(replace(PROGRAM, arch="sm_80"))  # a second warning would be an error
 
 
+def test_a_read_only_cache_serves_what_it_holds(
+    store: KernelStore, compiler: FakeCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = Builder(compiler, store).machine_code(PROGRAM)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    monkeypatch.setattr("os.open", refuse)  # what takes the lock
+    reader = Builder(compiler, KernelStore(store.folder))
+    assert reader.machine_code(PROGRAM) == code  # a warning would be an error
+    with pytest.warns(RuntimeWarning, match="Read-only file system"):
+        reader.machine_code(replace(PROGRAM, arch="sm_80"))
+    assert compiler.runs == 2
+
+
 def test_compiling_can_be_forbidden(
     store: KernelStore, compiler: FakeCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +157,16 @@ def test_a_killed_compile_leaves_nothing_behind(store: KernelStore, compiler: Fa
     assert not list(store.folder.glob(".new-*"))
 
 
+def test_a_process_killed_while_it_writes_leaves_no_entry(store: KernelStore, compiler: FakeCompiler) -> None:
+    worker = multiprocessing.get_context("spawn").Process(target=_die_writing, args=(store.folder, compiler))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
+    assert store.read(PROGRAM.key(compiler.version)) is None
+    assert Builder(compiler, store).machine_code(PROGRAM) == str(PROGRAM).encode()
+    assert store.read(PROGRAM.key(compiler.version)) == str(PROGRAM).encode()
+
+
 def test_many_programs_report_progress(store: KernelStore, compiler: FakeCompiler) -> None:
     programs = [replace(PROGRAM, arch=f"sm_{number}") for number in (80, 86, 90)]
     heard: list[tuple[int, int]] = []
@@ -147,5 +175,47 @@ def test_many_programs_report_progress(store: KernelStore, compiler: FakeCompile
     assert heard == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_what_was_compiled_is_told_from_what_was_there(store: KernelStore, compiler: FakeCompiler) -> None:
+    other = replace(PROGRAM, arch="sm_80")
+    Builder(compiler, store).machine_code(PROGRAM)
+    built = list(Builder(compiler, store).build([other, PROGRAM]))
+    assert [(each.program, each.compiled) for each in built] == [(other, True), (PROGRAM, False)]
+
+
+def test_all_that_is_missing_is_named_at_once(
+    store: KernelStore, compiler: FakeCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Builder(compiler, store).machine_code(PROGRAM)
+    monkeypatch.setenv("AWQ_RT_NO_COMPILE", "1")
+    programs = [replace(PROGRAM, arch=f"sm_{number}") for number in (80, 86, 90)]
+    with pytest.raises(
+        CompileForbidden, match=r"2 kernels are not in .*: main\.cu sm_80 ROWS=1; main\.cu sm_86 ROWS=1"
+    ):
+        Builder(compiler, store).machine_codes(programs)
+    many = [replace(PROGRAM, arch=f"sm_{number}") for number in range(100, 120)]
+    with pytest.raises(CompileForbidden, match=r"20 kernels are not in .*sm_111 ROWS=1; \.\.\."):
+        Builder(compiler, store).machine_codes(many)
+    assert compiler.runs == 1
+
+
+def test_a_refused_program_is_an_error_and_is_not_kept(store: KernelStore, tmp_path: Path) -> None:
+    class Refusing(FakeCompiler):
+        def compile(self, program: Program) -> bytes:
+            if program == PROGRAM:
+                raise CompileFailed("line 7: this is no kernel")
+            return super().compile(program)
+
+    compiler = Refusing(tmp_path / "log")
+    with pytest.raises(CompileFailed, match="line 7"):
+        Builder(compiler, store).machine_codes([replace(PROGRAM, arch="sm_80"), PROGRAM])
+    assert store.read(PROGRAM.key(compiler.version)) is None
+    Builder(FakeCompiler(tmp_path / "log"), store).machine_code(PROGRAM)  # nothing holds its lock
+
+
 def _build(folder: Path, compiler: FakeCompiler) -> None:
     Builder(compiler, KernelStore(folder)).machine_code(PROGRAM)
+
+
+def _die_writing(folder: Path, compiler: FakeCompiler) -> None:
+    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    _build(folder, compiler)

@@ -16,6 +16,7 @@ from .convert import convert
 from .doctor import doctor
 from .generate import generate
 from .inspect import inspect
+from .warmup import warmup
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 READER_GONE = 141  # 128 + SIGPIPE
@@ -69,7 +70,7 @@ def cli() -> None:
     """Run 4-bit AWQ language models on whatever GPU there is, or on none."""
 
 
-for command in (generate, inspect, convert, bench, doctor):
+for command in (generate, inspect, convert, bench, warmup, doctor):
     cli.add_command(command)
 
 

@@ -8,9 +8,9 @@
 Nothing here knows a GPU API: a backend brings its `Compiler`, and loads and launches what comes back.
 """
 
-from .build import Builder
+from .build import Builder, Built
 from .compiler import CompileFailed, CompileForbidden, Compiler
 from .program import Program
 from .store import KernelStore
 
-__all__ = ["Builder", "CompileFailed", "CompileForbidden", "Compiler", "KernelStore", "Program"]
+__all__ = ["Builder", "Built", "CompileFailed", "CompileForbidden", "Compiler", "KernelStore", "Program"]
