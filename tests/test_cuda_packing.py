@@ -11,6 +11,7 @@ from awq_rt.testing import hurtful_cases, hurtful_weight
 from awq_rt.testing.conformance import spec_of
 
 packing = pytest.importorskip("awq_rt_cuda.packing", reason="awq-rt-cuda is not installed")
+exllama_packing = pytest.importorskip("awq_rt_cuda.exllama_packing")
 backend = pytest.importorskip("awq_rt_cuda").backend
 
 CPU = torch.device("cpu")
@@ -18,10 +19,11 @@ H100 = Device("cuda", 0, "NVIDIA H100", "nvidia", "sm_90", 80 << 30, 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_hurtful_weight_comes_back_exactly(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("kernel", "layout"), [("auto", "tiles"), ("gemm", "tiles"), ("exllama", "exllama")])
+def test_every_hurtful_weight_comes_back_exactly(dtype: torch.dtype, kernel: str, layout: str) -> None:
     for case in hurtful_cases(dtype):
-        packed = backend.pack(case.weight, spec_of(case.weight, dtype), CPU)
-        assert packed.layout.startswith("tiles"), case.name
+        packed = backend.pack(case.weight, spec_of(case.weight, dtype, kernel), CPU)
+        assert packed.layout.split()[0] == layout, case.name
         assert backend.unpack(packed).equal(case.weight), case.name
 
 
@@ -55,6 +57,36 @@ def test_nibbles_lie_where_the_kernels_look_for_them() -> None:
         n, k = 16 * strip + lane // 4, 64 * tile + 16 * step + 2 * (lane % 4)
         for bit, (right, down) in places.items():
             assert (word >> bit) & 15 == int(codes[k + down, n + right])
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8), (96, 24, 96), (72, 8, 24), (1000, 16, 1000), (160, 40, 40)])
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_exllama_takes_groups_of_whole_words_and_pads_nothing(
+    shape: tuple[int, int, int], scale_dtype: torch.dtype
+) -> None:
+    weight = hurtful_weight("random", *shape, scale_dtype=scale_dtype, bias=True)
+    packed = backend.pack(weight, spec_of(weight, torch.bfloat16, "exllama"), CPU)
+    assert packed.layout.split()[0] == "exllama"
+    assert backend.unpack(packed).equal(weight)
+    assert all(tensor.is_contiguous() for tensor in packed.tensors)
+    k, n, group_size = shape
+    assert [packed.tensors[i].numel() for i in range(3)] == [k * n // 2, k // group_size * n // 2, k // group_size * n]
+
+
+def test_exllamas_nibbles_lie_where_its_kernels_look_for_them() -> None:
+    """The drawing at the head of kernels/exllama.cuh, read literally."""
+    codes = torch.randint(0, 16, (192, 48), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    words = exllama_packing.pack_codes(codes).flatten().view(torch.int32)
+    places = {0: 0, 4: 2, 8: 4, 12: 6, 16: 1, 20: 3, 24: 5, 28: 7}
+    for strip, row, column in [(0, 0, 0), (3, 17, 5), (5, 23, 7)]:
+        word = int(words[(strip * 24 + row) * 8 + column])
+        for bit, down in places.items():
+            assert (word >> bit) & 15 == int(codes[row * 8 + down, strip * 8 + column])
+    zeros = torch.randint(0, 16, (3, 48), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    packed = exllama_packing.pack_zeros(zeros)
+    assert int(packed[4, 2, 1]) == int(zeros[2, 34]) | int(zeros[2, 35]) << 4
+    scales = torch.rand(3, 48, generator=torch.Generator().manual_seed(2))
+    assert exllama_packing.pack_scales(scales)[4, 2].tolist() == scales[2, 32:40].tolist()
 
 
 def test_zeros_and_scales_lie_in_pairs_of_columns() -> None:

@@ -1,10 +1,12 @@
 """Time the CUDA kernels beside cuBLAS and torch's int4 operator; needs an NVIDIA GPU.
 
     python tools/bench_kernels.py --json benchmarks/kernels-h100.json
+    python tools/plot_kernels.py benchmarks/kernels-h100.json
 
 Each figure is the median of CUDA-graph replays over copies of the weight that together exceed the L2 cache several
 times, so weights come from device memory. A result is checked against float64 before it is timed. The floor of a shape
-is the bare cost of a kernel plus its packed bytes over the read bandwidth, which is measured in the same run.
+is the bare cost of a kernel plus its packed bytes over the read bandwidth, which is measured in the same run. Group
+sizes after the first are timed for `auto` alone.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +33,7 @@ from awq_rt.rtc import Program
 from awq_rt.testing import excess
 from awq_rt.testing.conformance import spec_of
 from awq_rt.weights import AwqWeight
-from awq_rt_cuda import backend, driver, selection, tiled
+from awq_rt_cuda import backend, driver, exllama, tiled
 from awq_rt_cuda.driver import Kernel, Shape
 
 SHAPES = {
@@ -69,7 +72,8 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", default=["7b", "8b"], choices=sorted(SHAPES))
     parser.add_argument("--rows", nargs="*", type=int, default=list(ROWS))
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--group-sizes", nargs="*", type=int, default=[128, 64, 32])
+    parser.add_argument("--commit", default=commit(), help="of the measured tree, where git cannot say it")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -78,19 +82,18 @@ def main() -> int:
     torch.manual_seed(0)
     read_tbps = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}: reads {read_tbps:.3f} TB/s; the floor is {LAUNCH_US} us + bytes / that")
-    rows = []
-    for model in options.models:
-        for k, n in SHAPES[model]:
-            rows += shape_rows(k, n, options.group_size, getattr(torch, options.dtype), options.rows, read_tbps)
-    print_summary(rows)
-    chain = {model: chain_us(SHAPES[model], options.group_size) for model in options.models}
+    grid = Grid(options.group_sizes, options.rows, getattr(torch, options.dtype), read_tbps)
+    rows = [row for model in options.models for k, n in SHAPES[model] for row in grid.rows_of(k, n)]
+    for group_size in options.group_sizes:
+        print_summary(group_size, [row for row in rows if row["group_size"] == group_size])
+    chain = {model: chain_us(SHAPES[model], options.group_sizes[0]) for model in options.models}
     for model, us in chain.items():
         print(f"chain of the linears of {model} at M=1, each kernel started early: {us:.1f} us")
     if options.json is not None:
         record = {
             "device": torch.cuda.get_device_name(),
             "date": datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d"),
-            "commit": commit(),
+            "commit": options.commit,
             "command": "python tools/bench_kernels.py " + " ".join(sys.argv[1:]),
             "torch": torch.__version__,
             "read_tbps": round(read_tbps, 4),
@@ -101,45 +104,104 @@ def main() -> int:
     return 0
 
 
-def shape_rows(
-    k: int, n: int, group_size: int, dtype: torch.dtype, row_counts: list[int], read_tbps: float
-) -> list[dict[str, object]]:
-    """One record for each number of rows of one shape."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    weight = random_weight(k, n, group_size, dtype, device)
-    packed = backend.pack(weight, spec_of(weight, dtype), device)
-    packed_bytes = k * n // 2 + k // group_size * n * 5 // 2
-    copies = rotated([packed], packed_bytes, lambda p: Packed(p.layout, tuple(t.clone() for t in p.tensors)))
-    dense = rotated([weight.dequantize(torch.float32).to(dtype).T.contiguous()], 2 * k * n, Tensor.clone)
-    int4 = torch_int4(weight) if dtype == torch.float16 else None
-    floor_us = LAUNCH_US + packed_bytes / read_tbps / 1e6
-    found: list[dict[str, object]] = []
-    for m in row_counts:
-        x = torch.randn(m, k, device=device, dtype=dtype)
+Row = dict[str, object]
+"""One line of the grid, as the file has it."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is measured for every shape. The first group size is timed beside all others that do the same."""
+
+    group_sizes: list[int]
+    row_counts: list[int]
+    dtype: torch.dtype
+    read_tbps: float
+
+    def rows_of(self, k: int, n: int) -> Iterator[Row]:
+        """A record for each group size and number of rows of one shape."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        cublas_us = self._cublas_us(k, n, device)
+        for group_size in self.group_sizes:
+            weight = random_weight(k, n, group_size, self.dtype, device)
+            ours = Rotated.of(weight, self.dtype, "auto")
+            others = group_size == self.group_sizes[0]
+            shuffled = Rotated.of(weight, self.dtype, exllama.PREFIX) if others else None
+            int4 = torch_int4(weight) if others else None
+            for m in self.row_counts:
+                x = torch.randn(m, k, device=device, dtype=self.dtype)
+                row: Row = {"k": k, "n": n, "group_size": group_size, "m": m, "dtype": str(self.dtype)[6:]}
+                errors = [ours.error(x, weight)]
+                row["us"] = round(ours.us(x), 3)
+                row["floor_us"] = round(LAUNCH_US + packed_bytes(weight) / self.read_tbps / 1e6, 3)
+                row["cublas_us"] = round(cublas_us[m], 3)
+                if shuffled is not None:
+                    with plain_launches():
+                        row["plain_us"] = round(ours.us(x), 3)
+                    errors.append(shuffled.error(x, weight))
+                    row["exllama_us"] = round(shuffled.us(x), 3)
+                if int4 is not None and m <= MOST_ROWS_OF_INT4:
+                    row["torch_int4_us"] = round(graph_us(functools.partial(int4, x), INT4_COPIES), 3)
+                row["error_over_bound"] = round(max(errors), 3)
+                row["variant"] = ours.variant(m)
+                print(line(row), flush=True)
+                yield row
+
+    def _cublas_us(self, k: int, n: int, device: torch.device) -> dict[int, float]:
+        dense = rotated([torch.randn(n, k, device=device, dtype=self.dtype)], 2 * k * n, Tensor.clone)
+        found = {}
+        for m in self.row_counts:
+            x = torch.randn(m, k, device=device, dtype=self.dtype)
+            found[m] = graph_us(functools.partial(lambda x, i: x @ dense[i].T, x), len(dense))
+        return found
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A weight packed for a kernel family, in so many copies that each comes from device memory when its turn comes."""
+
+    copies: list[Packed]
+
+    @staticmethod
+    def of(weight: AwqWeight, dtype: torch.dtype, kernel: str) -> Rotated:
+        packed = backend.pack(weight, spec_of(weight, dtype, kernel), weight.codes.device)
+        return Rotated(rotated([packed], packed_bytes(weight), copied))
+
+    def error(self, x: Tensor, weight: AwqWeight) -> float:
+        """The largest error over the bound. Ends the program where it is above 1."""
+        packed = self.copies[0]
         error = excess(backend.linear(x, packed), x, weight)
         if not error <= 1:
-            raise SystemExit(f"{k}x{n}, M {m}: the result is {error:.3g} times the bound off; nothing is timed")
-        record: dict[str, object] = {"k": k, "n": n, "group_size": group_size, "m": m, "dtype": str(dtype)[6:]}
-        ours = functools.partial(lambda x, i: backend.linear(x, copies[i]), x)
-        record["us"] = round(graph_us(ours, len(copies)), 3)
-        with plain_launches():
-            record["plain_us"] = round(graph_us(ours, len(copies)), 3)
-        record["floor_us"] = round(floor_us, 3)
-        record["cublas_us"] = round(graph_us(functools.partial(lambda x, i: x @ dense[i].T, x), len(dense)), 3)
-        if int4 is not None and m <= 32:
-            record["torch_int4_us"] = round(graph_us(functools.partial(int4, x), INT4_COPIES), 3)
-        record["error_over_bound"] = round(error, 3)
-        plan = tiled.plan(packed.layout, device.index)
-        step = selection.row_step(m, "auto")
-        record["variant"] = "dequantize + cuBLAS" if m >= selection.DEQUANTIZE_FROM else str(plan.variant(step))
-        found.append(record)
-        us, plain, cublas = (float(str(record[key])) for key in ("us", "plain_us", "cublas_us"))
-        print(
-            f"{k:6}x{n:<6} M {m:<5} {us:8.2f} us ({us / floor_us:.2f} of the floor; "
-            f"plain launches {plain / floor_us:.2f}), cuBLAS {cublas:8.2f} ({cublas / us:.2f}x)  {record['variant']}",
-            flush=True,
-        )
-    return found
+            raise SystemExit(f"{packed.layout}, M {len(x)}: {error:.3g} times the bound off; nothing is timed")
+        return error
+
+    def us(self, x: Tensor) -> float:
+        return graph_us(lambda i: backend.linear(x, self.copies[i]), len(self.copies))
+
+    def variant(self, m: int) -> str:
+        """What serves `m` rows in `auto`."""
+        plan = tiled.plan(self.copies[0].layout, torch.cuda.current_device())
+        return "dequantize + cuBLAS" if m >= plan._dequantize_from else str(plan.variant(plan._step(m)))
+
+
+def line(row: Row) -> str:
+    """A record for people."""
+    us, floor, cublas = (float(str(row[key])) for key in ("us", "floor_us", "cublas_us"))
+    text = f"{row['k']:6}x{row['n']:<6} G {row['group_size']:<4} M {row['m']:<5} {us:8.2f} us ({us / floor:5.2f} of "
+    text += f"the floor), cuBLAS {cublas:8.2f} ({cublas / us:.2f}x)"
+    for name in ("plain", "exllama", "torch_int4"):
+        if f"{name}_us" in row:
+            text += f", {name} {float(str(row[f'{name}_us'])):.2f}"
+    return f"{text}  {row['variant']}"
+
+
+def packed_bytes(weight: AwqWeight) -> int:
+    """Codes, and 16 bits of scale and 4 of zero point a group."""
+    k, n, groups = weight.in_features, weight.out_features, weight.scales.shape[0]
+    return k * n // 2 + groups * n * 5 // 2
+
+
+def copied(packed: Packed) -> Packed:
+    return Packed(packed.layout, tuple(tensor.clone() for tensor in packed.tensors))
 
 
 def random_weight(k: int, n: int, group_size: int, dtype: torch.dtype, device: torch.device) -> AwqWeight:
@@ -156,6 +218,8 @@ def rotated(first: list, size: int, copy: Callable) -> list:  # type: ignore[typ
 
 
 INT4_COPIES = 8
+MOST_ROWS_OF_INT4 = 128
+"""It is for few; with many it takes a thousand times as long as any other."""
 
 
 def torch_int4(weight: AwqWeight) -> Callable[[Tensor, int], Tensor] | None:
@@ -255,19 +319,23 @@ def read_bandwidth() -> float:
     return data.numel() / graph_us(run, 1) / 1e6
 
 
-def print_summary(rows: list[dict[str, object]]) -> None:
+def print_summary(group_size: int, rows: list[Row]) -> None:
     """Geometric means over the shapes, a line for each number of rows."""
-    print("\n    M   time / floor   plain / floor   speed / cuBLAS   (geometric means)")
+    ratios = {
+        "time/floor": ("us", "floor_us"),
+        "plain/floor": ("plain_us", "floor_us"),
+        "exllama/floor": ("exllama_us", "floor_us"),
+        "cuBLAS/ours": ("cublas_us", "us"),
+        "int4/ours": ("torch_int4_us", "us"),
+    }
+    print(f"\ngroup size {group_size}, geometric means\n    M  " + "  ".join(f"{name:>13}" for name in ratios))
     for m in sorted({int(str(row["m"])) for row in rows}):
-        chosen = [
-            {key: float(str(row[key])) for key in ("us", "plain_us", "floor_us", "cublas_us")}
-            for row in rows
-            if row["m"] == m
-        ]
-        early = geometric_mean([row["us"] / row["floor_us"] for row in chosen])
-        plain = geometric_mean([row["plain_us"] / row["floor_us"] for row in chosen])
-        speed = geometric_mean([row["cublas_us"] / row["us"] for row in chosen])
-        print(f"{m:5} {early:14.2f} {plain:15.2f} {speed:16.2f}")
+        text = f"{m:5}  "
+        for over, under in ratios.values():
+            both = [row for row in rows if row["m"] == m and over in row]
+            values = [float(str(row[over])) / float(str(row[under])) for row in both]
+            text += f"{geometric_mean(values):13.2f}  " if values else f"{'-':>13}  "
+        print(text.rstrip())
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -275,8 +343,15 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "uncommitted"
+    """The commit that is checked out, `+dirty` where files differ from it; "unknown" outside a repository."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    return head + "+dirty" * bool(git("status", "--porcelain")) if head else "unknown"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ import argparse
 import re
 import sys
 
+import torch
+
 from awq_rt.rtc import Program
-from awq_rt_cuda import dequantize, gemm, nvrtc, selection
+from awq_rt_cuda import dequantize, exllama, gemm, nvrtc, selection, selection_ring
 from awq_rt_cuda.gemm import Kind
 from awq_rt_cuda.selection import Target
 
@@ -51,15 +53,26 @@ def programs(kind: Kind, target: Target, arch: str) -> list[tuple[str, int, Prog
     """(name, dynamic shared memory, program) of each kernel for `target`."""
     chosen = {
         selection.choose(rows, -(-n // 16), -(-k // 64), kind, target)
-        for rows in selection.ROW_STEPS
+        for rows in {*selection.ROW_STEPS, *selection_ring.row_steps(kind, target)}
         for k, n in SHAPES
     }
     ordered = sorted(chosen, key=lambda v: (v.rows, v.split, v.threads, str(v)))
     found = [(f"{v.entry} {v}, {v.min_blocks} resident", v.shared_bytes, v.program(kind, arch)) for v in ordered]
     found.append(("dequantize_tiles", 0, dequantize.program(kind, arch)))
+    found += exllama_programs(kind, target, arch)
     if any(variant.to_partials for variant in chosen):
         found.append(("sum_parts 4", 0, gemm.sum_program(kind, 4, arch)))
     return found
+
+
+def exllama_programs(kind: Kind, target: Target, arch: str) -> list[tuple[str, int, Program]]:
+    """The same of the family exllama, whose shared memory is static."""
+    dtype = torch.float16 if kind.half else torch.bfloat16
+    layouts = [exllama.Layout(k, n, kind.group_size, dtype, dtype, None) for k, n in SHAPES if k % kind.group_size == 0]
+    chosen = {exllama.choose(rows, each, target.multiprocessors) for each in layouts for rows in exllama.ROW_STEPS}
+    ordered = sorted(chosen, key=lambda v: (v.rows, v.waves))
+    found = [(f"{v}, {v.min_blocks} resident", v.shared_bytes, v.program(kind, arch)) for v in ordered]
+    return [*found, ("exllama_dequantize", 0, exllama.dequantize_program(kind, arch))]
 
 
 def resources(program: Program) -> tuple[int, int]:

@@ -14,17 +14,15 @@ import pytest
 import torch
 
 from awq_rt.backend import Backend, Packed
+from awq_rt.rtc import Program
 from awq_rt.testing import excess, hurtful_weight
 from awq_rt.testing.cases import WEIGHT_KINDS
 from awq_rt.testing.conformance import checks, spec_of
 from awq_rt.weights import AwqWeight
 
 SWEEP_CASES = int(os.environ.get("AWQ_RT_SWEEP_CASES", "300"))
-KERNELS = ("auto", "gemv", "gemm")
+KERNELS = ("auto", "gemv", "gemm", "exllama")
 LONG_S = 3000
-KINDS = tuple(kind for kind in WEIGHT_KINDS if kind != "subnormal scales")
-"""Of the sweep. Results of subnormal scales may be subnormal themselves, and the bound has no term for their last
-place; the conformance suite runs that kind at depths where they are not."""
 
 
 def rows_of(m: int, weight: AwqWeight, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -76,7 +74,7 @@ def draw(kernel: str, count: int) -> list[Drawn]:
     chance = random.Random(kernel)
     drawn = []
     for number in range(count):
-        group_size = chance.choice([16, 32, 48, 64, 96, 128, 256])
+        group_size = chance.choice([16, 32, 48, 64, 96, 128, 256] + [8, 24, 40] * (kernel == "exllama"))
         in_features = group_size * chance.randint(1, max(1, 1536 // group_size))
         if chance.random() < 0.05:
             group_size = in_features = chance.choice([16, 72, 104, 1000, 1280])
@@ -84,34 +82,57 @@ def draw(kernel: str, count: int) -> list[Drawn]:
         rows = chance.choice([1, 2, 3, 4, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 65, 100, 128, 129, 200, 300, 400])
         dtype = chance.choice([torch.float16, torch.bfloat16])
         scale_dtype = chance.choice([dtype, dtype, dtype, torch.float32])
-        kind, bias, mean = chance.choice(KINDS), chance.random() < 0.3, float(chance.random() < 0.2)
+        kind, bias, mean = chance.choice(WEIGHT_KINDS), chance.random() < 0.3, float(chance.random() < 0.2)
         drawn.append(
             Drawn(number, kernel, in_features, out_features, group_size, rows, kind, dtype, scale_dtype, bias, mean)
         )
     return drawn
 
 
+def programs_of(case: Drawn, device_index: int) -> list[Program]:
+    """What one case of the sweep compiles."""
+    from awq_rt_cuda import exllama, tiled
+
+    if case.kernel == "exllama":
+        layout = exllama.Layout(*astuple(case)[2:5], case.dtype, case.scale_dtype, None)
+        return exllama.plan(str(layout), device_index).programs()
+    plan = tiled.plan(
+        str(tiled.Layout(*astuple(case)[2:5], case.dtype, case.scale_dtype, None, case.kernel)), device_index
+    )
+    return [plan.variant(plan._step(case.rows)).program(plan.layout.kind, plan.arch)]
+
+
 @pytest.mark.timeout(LONG_S)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_random_shapes_are_within_the_bound(gpu: torch.device, kernel: str) -> None:
-    from awq_rt_cuda import backend, selection, tiled
+    from awq_rt_cuda import backend, exllama, tiled
 
     drawn = draw(kernel, SWEEP_CASES)
-    programs = []
-    for case in drawn:  # compiled side by side first; one by one the sweep would take an hour
-        layout = tiled.Layout(*astuple(case)[2:5], case.dtype, case.scale_dtype, None, kernel)
-        plan = tiled.plan(str(layout), gpu.index)
-        programs.append(plan.variant(selection.row_step(case.rows, kernel)).program(layout.kind, plan.arch))
+    # Compiled side by side first; one by one the sweep would take an hour.
+    programs = (program for case in drawn for program in programs_of(case, gpu.index))
     tiled.builder().machine_codes(list(dict.fromkeys(programs)))
+    pack = exllama.pack if kernel == "exllama" else tiled.pack
     for case in drawn:
         weight = case.weight().to(gpu)
-        packed = tiled.pack(weight, spec_of(weight, case.dtype, kernel))
+        packed = pack(weight, spec_of(weight, case.dtype, kernel))
         x = (rows_of(case.rows, weight) + case.mean).to(gpu, case.dtype)
         torch.cuda.synchronize()
         # What the result is likely to be given: memory full of NaN. An element that is not written is then seen.
         torch.full((case.rows, case.out_features), torch.nan, dtype=case.dtype, device=gpu)
         assert excess(backend.linear(x, packed), x, weight) <= 1, case
         assert backend.unpack(packed).equal(weight), case
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_group_a_column_is_right_where_x_has_a_mean(gpu: torch.device, kernel: str, bias: bool) -> None:
+    """A column then has 16 different weights: rounded ones would all err alike, and their errors add up."""
+    k = 1280
+    for seed in range(8):
+        weight = hurtful_weight("random", k, 296, k, scale_dtype=torch.float32, bias=bias, seed=seed)
+        backend, packed = packed_on(gpu, weight, torch.bfloat16, kernel)
+        x = (torch.randn(400, k, generator=torch.Generator().manual_seed(seed)) + 1).bfloat16()
+        assert excess(backend.linear(x.to(gpu), packed).cpu(), x, weight) <= 1, seed
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -126,10 +147,11 @@ def test_one_wrong_zero_point_leaves_the_bound(gpu: torch.device, kernel: str, m
 
 
 @pytest.mark.timeout(LONG_S)
+@pytest.mark.parametrize("kernel", ["auto", "exllama"])
 @pytest.mark.parametrize("m", [1, 8, 16, 32, 64, 128, 512])
-def test_a_thousand_runs_agree_bit_for_bit(gpu: torch.device, m: int) -> None:
+def test_a_thousand_runs_agree_bit_for_bit(gpu: torch.device, m: int, kernel: str) -> None:
     weight = hurtful_weight("random", 4096, 1024, 128, bias=True)
-    backend, packed = packed_on(gpu, weight)
+    backend, packed = packed_on(gpu, weight, kernel=kernel)
     x = rows_of(m, weight).to(gpu)
     first = backend.linear(x, packed)
     different = torch.zeros((), dtype=torch.int64, device=gpu)
@@ -138,10 +160,11 @@ def test_a_thousand_runs_agree_bit_for_bit(gpu: torch.device, m: int) -> None:
     assert int(different) == 0
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("m", [1, 8, 64, 512])
-def test_a_captured_chain_replays_with_new_inputs(gpu: torch.device, m: int) -> None:
+def test_a_captured_chain_replays_with_new_inputs(gpu: torch.device, m: int, kernel: str) -> None:
     weight = hurtful_weight("random", 1024, 1024, 128)
-    backend, packed = packed_on(gpu, weight)
+    backend, packed = packed_on(gpu, weight, kernel=kernel)
     x = (rows_of(m, weight) * 0.01).to(gpu)
     backend.linear(x, packed)
     graph = torch.cuda.CUDAGraph()
@@ -157,9 +180,10 @@ def test_a_captured_chain_replays_with_new_inputs(gpu: torch.device, m: int) -> 
     assert torch.equal(y, expected)
 
 
-def test_streams_and_threads_do_not_disturb_each_other(gpu: torch.device) -> None:
+@pytest.mark.parametrize("kernel", ["auto", "exllama"])
+def test_streams_and_threads_do_not_disturb_each_other(gpu: torch.device, kernel: str) -> None:
     weight = hurtful_weight("random", 1024, 512, 128)
-    backend, packed = packed_on(gpu, weight)
+    backend, packed = packed_on(gpu, weight, kernel=kernel)
     inputs = [rows_of(m, weight).to(gpu) for m in (1, 3, 8, 16, 40)]
     expected = [backend.linear(x, packed) for x in inputs]
     torch.cuda.synchronize()
@@ -180,9 +204,10 @@ def test_streams_and_threads_do_not_disturb_each_other(gpu: torch.device) -> Non
     assert not wrong
 
 
-def test_a_view_in_the_middle_of_a_storage_is_right(gpu: torch.device) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_view_in_the_middle_of_a_storage_is_right(gpu: torch.device, kernel: str) -> None:
     weight = hurtful_weight("random", 128, 64, 64)
-    backend, packed = packed_on(gpu, weight)
+    backend, packed = packed_on(gpu, weight, kernel=kernel)
     storage = torch.randn(5 * 128 + 1, generator=torch.Generator().manual_seed(0)).half()
     x = storage[1:].view(5, 128)  # 2 bytes past any alignment
     assert excess(backend.linear(storage.to(gpu)[1:].view(5, 128), packed).cpu(), x, weight) <= 1
@@ -206,6 +231,16 @@ def test_parts_that_meet_in_memory_give_the_cluster_result(gpu: torch.device) ->
         results.append(plan.linear(x.to(gpu), packed))
         assert excess(results[-1].cpu(), x, weight) <= 1
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_exllama_dequantises_each_weight_rounded_once(gpu: torch.device, dtype: torch.dtype) -> None:
+    from awq_rt_cuda import exllama
+
+    weight = hurtful_weight("extreme zeros", 1016, 264, 8, scale_dtype=torch.float32)
+    _, packed = packed_on(gpu, weight, dtype, "exllama")
+    w = exllama.plan(packed.layout, gpu.index).weight(packed)
+    assert torch.equal(w.cpu(), weight.dequantize(torch.float32).to(dtype))
 
 
 @pytest.mark.filterwarnings("ignore")

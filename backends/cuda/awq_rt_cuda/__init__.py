@@ -2,22 +2,25 @@
 
 pack     AwqWeight -> tiles (packing.py, tiled.py), or rows where a shape fits no tile (rows.py)
 linear   few rows: gemm.py; many: dequantize.py and torch's BLAS; selection.py says which, and how cut
+exllama  a family with a layout and kernels of its own, for who asks for it (exllama.py)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from awq_rt import devices
-from awq_rt.backend import LinearSpec, Packed
+from awq_rt.backend import LinearSpec, Packed, Prepared
 from awq_rt.devices import Device, Probe, Refusal
+from awq_rt.errors import OutOfMemory
 from awq_rt.weights import AwqWeight
 
-from . import packing, requirements, rows, tiled
+from . import exllama, fused, joining, packing, requirements, rows, tiled
 
 __version__ = "0.1.0"
 
@@ -31,10 +34,10 @@ class CudaBackend:
 
     name = "cuda"
     version = __version__
-    contract = (1, 0)
+    contract = (1, 1)
     priority = 100
-    kernels: tuple[str, ...] = ("gemv", "gemm")
-    ops: Mapping[str, Callable[..., Tensor]] = {}
+    kernels: tuple[str, ...] = ("gemv", "gemm", "exllama")
+    ops: Mapping[str, Callable[..., Tensor]] = fused.OPS
 
     def probe(self) -> Probe:
         found = devices.nvidia()
@@ -53,23 +56,35 @@ class CudaBackend:
             return refusal
         if spec.dtype not in DTYPES:
             return Refusal("AWQ-CUDA-012", f"activations are {spec.dtype}", f"choose one of {DTYPES}, or the reference")
-        if spec.kernel != "auto" and (reason := _no_tiles(spec)):
+        if spec.kernel != "auto" and (reason := _unfit(spec)):
             return Refusal("AWQ-CUDA-013", f"kernel {spec.kernel!r} cannot serve it: {reason}", "choose kernel='auto'")
-        return None
+        return requirements.missing()
 
     def pack(self, weight: AwqWeight, spec: LinearSpec, device: torch.device) -> Packed:
-        moved = weight.to(device)
-        if _no_tiles(spec) or (moved.bias is not None and moved.bias.dtype not in tiled.SCALE_KINDS):
-            return rows.pack(moved, spec)
-        packed = tiled.pack(moved, spec)
-        if device.type == "cuda":
-            tiled.plan(packed.layout, _index(device)).build()
-            # Kernels read the weight before the kernels ahead of them have ended: it must be there by now.
-            torch.cuda.current_stream(device).synchronize()
-        return packed
+        with contextlib.suppress(torch.OutOfMemoryError):
+            packed = _packed(weight, spec, device)
+            _make_ready(packed, device)
+            return packed
+        # Raised here, where torch's error has gone and with it the frames that held what was half made.
+        raise OutOfMemory(_no_room(spec, device))
+
+    def join(self, parts: Sequence[Packed]) -> tuple[Packed, tuple[Packed, ...]] | None:
+        joined = joining.join(parts)
+        if joined is not None:
+            _make_ready(joined[0], joined[0].tensors[0].device)
+        return joined
+
+    def warmup(self, specs: Sequence[LinearSpec], device: torch.device) -> Iterator[Prepared]:
+        layouts = (_layout(spec) for spec in specs if not _unfit(spec))
+        found = (program for layout in layouts for program in _plan(layout, _index(device)).programs())
+        programs = list(dict.fromkeys(found))
+        for done, built in enumerate(tiled.builder().build(programs), start=1):
+            yield Prepared(str(built.program), built.compiled, done, len(programs))
 
     def unpack(self, packed: Packed) -> AwqWeight:
-        return rows.unpack(packed) if packed.layout == rows.PREFIX else tiled.unpack(packed)
+        if packed.layout == rows.PREFIX:
+            return rows.unpack(packed)
+        return exllama.unpack(packed) if packed.layout.startswith(exllama.PREFIX) else tiled.unpack(packed)
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         flat = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
@@ -79,13 +94,55 @@ class CudaBackend:
             if flat.data_ptr() % 16:  # a view that begins in the middle of somebody's storage
                 flat = flat.clone()
             index = _index(x.device)
-            plan = tiled.plan(packed.layout, index)
+            plan = _plan(packed.layout, index)
             if index == torch.cuda.current_device():
                 y = plan.linear(flat, packed)
             else:
                 with torch.cuda.device(index):
                     y = plan.linear(flat, packed)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _packed(weight: AwqWeight, spec: LinearSpec, device: torch.device) -> Packed:
+    moved = weight.to(device)
+    if _unfit(spec) or (moved.bias is not None and moved.bias.dtype not in tiled.SCALE_KINDS):
+        return rows.pack(moved, spec)
+    return exllama.pack(moved, spec) if spec.kernel == exllama.PREFIX else tiled.pack(moved, spec)
+
+
+def _make_ready(packed: Packed, device: torch.device) -> None:
+    """Compile what `packed` needs, and wait for its tensors."""
+    if device.type == "cuda" and packed.layout != rows.PREFIX:
+        _plan(packed.layout, _index(device)).build()
+        # Kernels read the weight before the kernels ahead of them have ended: it must be there by now.
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _no_room(spec: LinearSpec, device: torch.device) -> str:
+    """What `OutOfMemory` says; `device` is a GPU, for only there does torch raise it."""
+    codes_mib = spec.in_features * spec.out_features / 2**20
+    free, total = (size / 2**20 for size in torch.cuda.mem_get_info(device))
+    ours = torch.cuda.memory_allocated(device) / 2**20
+    return (
+        f"{device} has no room to pack a linear of {spec.in_features} x {spec.out_features}: about {3 * codes_mib:.0f} "
+        f"MiB are needed for a moment, and {codes_mib / 2:.0f} MiB stay; {free:.0f} of {total:.0f} MiB are free, and "
+        f"this process holds {ours:.0f} MiB; end other programs on it, choose a larger device, or several with "
+        "device_map='auto'"
+    )
+
+
+def _layout(spec: LinearSpec) -> str:
+    """The layout that `spec` is packed in, as far as programs depend on it."""
+    sizes = (spec.in_features, spec.out_features, spec.group_size)
+    if spec.kernel == exllama.PREFIX:
+        return str(exllama.Layout(*sizes, spec.dtype, spec.scale_dtype, None))
+    return str(tiled.Layout(*sizes, spec.dtype, spec.scale_dtype, None, spec.kernel))
+
+
+def _plan(layout: str, device_index: int) -> tiled.TiledLinear | exllama.ExllamaLinear:
+    """What computes with a weight in `layout`, which is not that of rows."""
+    plan = exllama.plan if layout.startswith(exllama.PREFIX) else tiled.plan
+    return plan(layout, device_index)
 
 
 def _index(device: torch.device) -> int:
@@ -103,8 +160,10 @@ def _old(device: Device) -> Refusal | None:
     )
 
 
-def _no_tiles(spec: LinearSpec) -> str:
-    """Why `spec` does not fit tiles; empty when it does."""
+def _unfit(spec: LinearSpec) -> str:
+    """Why `spec` does not fit the form that its kernel family packs; empty when it does."""
+    if spec.kernel == exllama.PREFIX:
+        return exllama.refusal(spec)
     if spec.in_features % 8 or spec.out_features % 8:
         return f"in_features {spec.in_features} and out_features {spec.out_features} must be multiples of 8"
     if packing.kernel_group_size(spec.in_features, spec.group_size) < packing.SMALLEST_GROUP:

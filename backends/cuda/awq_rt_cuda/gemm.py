@@ -54,6 +54,11 @@ class Variant:
         return f"gemm_{self.unit}"
 
     @property
+    def arguments(self) -> int:
+        """Slots of 8 bytes that a launch takes."""
+        return 12
+
+    @property
     def threads(self) -> int:
         return self.warps_n * self.warps_k * LANES
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from . import selection_ring
 from .gemm import LANES, Kind, Variant
 from .packing import STRIP, TILE_DEPTH
+from .ring import Ring
+from .target import Target as Target
 
 GEMV_ROWS = 8
 """Up to here the rows fill one matrix instruction and the family is gemv."""
@@ -74,25 +77,10 @@ DEQUANTIZE_FROM = 384
 """Rows from which dequantising into a buffer and torch's BLAS win. H100, 2026-11-22, tools/bench_kernels.py."""
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What selection knows of a GPU."""
-
-    arch: int  # 90 for compute capability 9.0
-    multiprocessors: int
-    shared_bytes: int  # that one block may have
-    multiprocessor_shared_bytes: int
-    threads: int  # that a multiprocessor holds
-
-    @property
-    def clusters(self) -> bool:
-        """Whether blocks can read each other's shared memory."""
-        return self.arch >= 90
-
-
-def row_step(m: int, kernel: str) -> int:
-    """The member of `ROW_STEPS` that serves `m` rows of x in the family `kernel`."""
-    allowed = [s for s in ROW_STEPS if kernel == "auto" or (s <= GEMV_ROWS) == (kernel == "gemv")]
+def row_step(m: int, kernel: str, more: tuple[int, ...] = ()) -> int:
+    """The member of `ROW_STEPS`, or of `more`, that serves `m` rows of x in the family `kernel`."""
+    steps = sorted({*ROW_STEPS, *more})
+    allowed = [s for s in steps if kernel == "auto" or (s <= GEMV_ROWS) == (kernel == "gemv")]
     return next((s for s in allowed if s >= m), allowed[-1])
 
 
@@ -102,8 +90,12 @@ def uses_wgmma(rows: int, target: Target) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def choose(step: int, strips: int, tiles: int, kind: Kind, target: Target) -> Variant:
-    """The variant for `step` (one of `ROW_STEPS`) and a weight of `strips` by `tiles`."""
+def choose(step: int, strips: int, tiles: int, kind: Kind, target: Target) -> Variant | Ring:
+    """The variant for `step` (of `ROW_STEPS` or `selection_ring.row_steps`) and a weight of `strips` by `tiles`."""
+    if step in selection_ring.row_steps(kind, target):
+        ring = selection_ring.choose(step, strips, tiles, kind, target)
+        if ring is not None:
+            return ring
     rows = min(step, MOST_ROWS)
     best, best_score = None, 0.0
     for variant in _candidates(rows, kind, target):

@@ -13,16 +13,17 @@ from awq_rt.backend import LinearSpec, Packed
 from awq_rt.rtc import Builder, Program
 from awq_rt.weights import AwqWeight
 
-from . import dequantize, gemm, packing, selection
+from . import dequantize, gemm, packing, selection, selection_ring, tensor_map
 from .driver import Kernel, Shape, current_stream, shared_bytes_per_block
 from .gemm import Kind, Variant
 from .nvrtc import Nvrtc, target
 from .packing import STRIP, TILE_DEPTH
+from .ring import Ring
 
 PREFIX = "tiles"
 SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-GEMM_ARGUMENTS, SUM_ARGUMENTS, DEQUANTIZE_ARGUMENTS = 12, 5, 8
+SUM_ARGUMENTS, DEQUANTIZE_ARGUMENTS = 5, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +108,11 @@ def unpack(packed: Packed) -> AwqWeight:
 class Launch:
     """A product's kernel, its launch, the sizes it is told, and the kernel that adds its parts where it leaves any."""
 
+    variant: Variant | Ring
     kernel: Kernel
     shape: Shape
     sizes: tuple[int, ...]
     adder: Kernel | None
-    split: int
 
 
 class TiledLinear:
@@ -122,17 +123,23 @@ class TiledLinear:
         self.device_index = device_index
         self.target = target_of(device_index)
         self.arch = target(f"sm_{self.target.arch}")
-        self._gemm: dict[int, tuple[Variant, Kernel, Kernel | None]] = {}
+        self._gemm: dict[int, tuple[Variant | Ring, Kernel, Kernel | None]] = {}
         self._launches: dict[int, Launch] = {}
-        self._dequantize_from = selection.DEQUANTIZE_FROM if layout.kernel == "auto" else 1 << 62
+        self._more_steps = selection_ring.row_steps(layout.kind, self.target)
+        self._dequantize_from = 1 << 62
+        if layout.kernel == "auto" and not self._more_steps:
+            self._dequantize_from = selection.DEQUANTIZE_FROM
 
-    def variants(self) -> list[Variant]:
+    def variants(self) -> list[Variant | Ring]:
         """Every variant that `linear` may use."""
         return list(dict.fromkeys(self.variant(step) for step in self.steps()))
 
     def steps(self) -> list[int]:
-        """The members of `selection.ROW_STEPS` that this layout's family may use."""
-        return sorted({selection.row_step(m, self.layout.kernel) for m in selection.ROW_STEPS})
+        """The numbers of rows that this layout's family chooses a variant for."""
+        return sorted({self._step(m) for m in selection.ROW_STEPS + self._more_steps})
+
+    def _step(self, m: int) -> int:
+        return selection.row_step(m, self.layout.kernel, self._more_steps)
 
     def programs(self) -> list[Program]:
         """Every program that `linear` may need."""
@@ -163,9 +170,23 @@ class TiledLinear:
         launch = self._launches.get(m) or self._launch(m)
         bias_pointer = bias[0].data_ptr() if bias else 0
         stream = current_stream(self.device_index)
+        if isinstance(launch.variant, Ring):
+            launch.kernel.launch(
+                launch.shape,
+                stream,
+                scales.data_ptr(),
+                zeros.data_ptr(),
+                bias_pointer,
+                y.data_ptr(),
+                *launch.sizes,
+                *tensor_map.of_tiles(codes, launch.variant.columns // STRIP),
+                *tensor_map.of_rows(x, launch.variant.copied_rows),
+                *tensor_map.of_rows(y, launch.variant.rows),
+            )
+            return y
         out = y
         if launch.adder is not None:
-            out = torch.empty(launch.split, *y.shape, dtype=torch.float32, device=x.device)
+            out = torch.empty(launch.variant.split, *y.shape, dtype=torch.float32, device=x.device)
         launch.kernel.launch(
             launch.shape,
             stream,
@@ -186,9 +207,10 @@ class TiledLinear:
     def _launch(self, m: int) -> Launch:
         """What a product of `m` rows needs beside its tensors; kept, because finding it costs as much as a launch."""
         layout = self.layout
-        variant, kernel, adder = self._gemm_kernels(selection.row_step(m, layout.kernel))
-        sizes = (m, layout.out_features, layout.in_features, layout.strips, layout.tiles, layout.groups)
-        launch = Launch(kernel, variant.shape(m, layout.out_features), sizes, adder, variant.split)
+        variant, kernel, adder = self._gemm_kernels(self._step(m))
+        depth = () if isinstance(variant, Ring) else (layout.in_features,)
+        sizes = (m, layout.out_features, *depth, layout.strips, layout.tiles, layout.groups)
+        launch = Launch(variant, kernel, variant.shape(m, layout.out_features), sizes, adder)
         self._launches[m] = launch
         return launch
 
@@ -221,22 +243,22 @@ class TiledLinear:
         # A wider bias would be rounded before it is added: it is added to the float32 result instead.
         return (torch.mm(x, w.T, out_dtype=torch.float32) + bias).to(x.dtype)
 
-    def variant(self, step: int) -> Variant:
+    def variant(self, step: int) -> Variant | Ring:
         """The variant that serves the number of rows `step`."""
         return selection.choose(step, self.layout.strips, self.layout.tiles, self.layout.kind, self.target)
 
-    def _gemm_kernels(self, step: int) -> tuple[Variant, Kernel, Kernel | None]:
+    def _gemm_kernels(self, step: int) -> tuple[Variant | Ring, Kernel, Kernel | None]:
         if step not in self._gemm:
             self._gemm[step] = load(self.variant(step), self.layout.kind, self.device_index)
         return self._gemm[step]
 
 
 @functools.cache
-def load(variant: Variant, kind: Kind, device_index: int) -> tuple[Variant, Kernel, Kernel | None]:
+def load(variant: Variant | Ring, kind: Kind, device_index: int) -> tuple[Variant | Ring, Kernel, Kernel | None]:
     """`variant` compiled and loaded, with the kernel that adds its partial results where it leaves any."""
     arch = target(f"sm_{target_of(device_index).arch}")
     code = builder().machine_code(variant.program(kind, arch))
-    kernel = Kernel(code, variant.entry, device_index, GEMM_ARGUMENTS, variant.shared_bytes)
+    kernel = Kernel(code, variant.entry, device_index, variant.arguments, variant.shared_bytes)
     if not variant.to_partials:
         return variant, kernel, None
     code = builder().machine_code(gemm.sum_program(kind, variant.split, arch))

@@ -202,6 +202,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) KERNEL_NAME(
         }
         write(r, first_column + column, sum);
     }
-    cluster_barrier();  // no block ends while another may still read its shared memory
+    cluster_barrier_relaxed();  // no block ends while another may still read its shared memory
 #endif
 }

@@ -20,6 +20,14 @@ __device__ __forceinline__ u32 activations_of_floats(float low, float high) {
 #endif
 }
 
+__device__ __forceinline__ u32 mul_activations(u32 a, u32 b) {
+#if ACTIVATION_HALF
+    return mul_half2(a, b);
+#else
+    return fma_bfloat2(a, b, 0x80008000u);  // a product minus zero is the product, and its sign
+#endif
+}
+
 #if SCALE_KIND == 2
 typedef float2 ScalePair;
 __device__ __forceinline__ float low_scale(ScalePair pair) { return pair.x; }

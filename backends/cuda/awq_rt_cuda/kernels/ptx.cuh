@@ -14,6 +14,12 @@ __device__ __forceinline__ u32 sub_half2(u32 a, u32 b) {
     return d;
 }
 
+__device__ __forceinline__ u32 mul_half2(u32 a, u32 b) {
+    u32 d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
 __device__ __forceinline__ u32 fma_half2(u32 a, u32 b, u32 c) {
     u32 d;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -47,6 +53,19 @@ __device__ __forceinline__ u32 bfloat2_of_floats(float low, float high) {
     return d;
 }
 
+// The low, or the high, half of a register in both halves.
+__device__ __forceinline__ u32 twice_low(u32 pair) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %1, 0x1010;" : "=r"(d) : "r"(pair));
+    return d;
+}
+
+__device__ __forceinline__ u32 twice_high(u32 pair) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %1, 0x3232;" : "=r"(d) : "r"(pair));
+    return d;
+}
+
 // (bits & mask) | magic in one instruction: 0xEA is the truth table of (a & b) | c.
 __device__ __forceinline__ u32 and_or(u32 bits, u32 mask, u32 magic) {
     u32 d;
@@ -66,6 +85,31 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+__device__ __forceinline__ uint4 load_shared_16(u32 address) {
+    uint4 d;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w) : "r"(address) : "memory");
+    return d;
+}
+
+__device__ __forceinline__ float2 load_shared_floats(u32 address) {
+    float2 d;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(d.x), "=f"(d.y) : "r"(address) : "memory");
+    return d;
+}
+
+__device__ __forceinline__ u32 load_shared_4(u32 address) {
+    u32 d;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(d) : "r"(address) : "memory");
+    return d;
+}
+
+__device__ __forceinline__ u32 load_shared_1(u32 address) {
+    u32 d;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(d) : "r"(address) : "memory");
+    return d;
+}
+
 // Four matrices of 8 rows by 16 bytes; lane l gives the address of row l % 8 of matrix l / 8 and receives, of each,
 // the 4 bytes at l % 4 of row l / 4.
 __device__ __forceinline__ void load_matrices(u32 (&d)[4], u32 address) {
@@ -77,6 +121,10 @@ __device__ __forceinline__ void load_matrices(u32 (&d)[4], u32 address) {
 __device__ __forceinline__ void copy_async_16(u32 shared, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"(shared), "l"(global), "r"(valid ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_8(u32 shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(shared), "l"(global) : "memory");
 }
 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -126,6 +174,11 @@ __device__ __forceinline__ void barrier(u32 name, u32 threads) {
 // All blocks of the cluster arrive; shared-memory writes before it are visible to all of them after it.
 __device__ __forceinline__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same without order among memory accesses, which costs as much as a trip to device memory.
+__device__ __forceinline__ void cluster_barrier_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // A float4 from the shared memory of block `rank` of the cluster, at the place that `address` is in our own.

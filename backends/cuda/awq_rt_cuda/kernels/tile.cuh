@@ -61,6 +61,15 @@ __device__ __forceinline__ void dequantize(u32 (&a)[4], u32 word, ZeroPair zero)
 }
 #endif
 
+#if SCALE_KIND == 1 - ACTIVATION_HALF
+// The weights themselves, each rounded once: exact integers times their scale. For scales of the activations' type.
+__device__ __forceinline__ void dequantize_scaled(u32 (&a)[4], u32 word, ZeroPair zero, u32 low_scale, u32 high_scale) {
+    dequantize(a, word, zero);
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = mul_activations(a[i], i % 2 ? high_scale : low_scale);
+}
+#endif
+
 __device__ __forceinline__ u32 word_of(const uint4& words, int j) {
     return j == 0 ? words.x : j == 1 ? words.y : j == 2 ? words.z : words.w;
 }

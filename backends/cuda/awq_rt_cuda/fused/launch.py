@@ -1,0 +1,63 @@
+"""What every fused operator needs of the host: which tensors it serves, its kernel, and the launch."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import struct
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from awq_rt.rtc import Program
+
+from ..driver import Kernel, Shape, current_stream
+from ..gemm import KERNELS
+from ..nvrtc import target
+from ..tiled import builder, target_of
+
+HALF = {torch.float16: 1, torch.bfloat16: 0}
+
+
+def serves(x: Tensor) -> bool:
+    """Whether kernels can read `x`: 16-bit floats on a GPU, contiguous, in whole loads of 16 bytes."""
+    return x.is_cuda and x.dtype in HALF and x.is_contiguous() and x.data_ptr() % 16 == 0
+
+
+def bits(value: float) -> int:
+    """`value` as the float32 that a kernel's argument holds."""
+    return int.from_bytes(struct.pack("<f", value), "little")
+
+
+def program(name: str, arch: str, defines: Mapping[str, str | int]) -> Program:
+    """`kernels/NAME.cu`, whose one kernel has the same name."""
+    return Program.from_file(KERNELS / f"{name}.cu", arch, defines)
+
+
+def load(name: str, defines: Mapping[str, str | int], arguments: int, device_index: int) -> Kernel:
+    """That program compiled and loaded."""
+    code = builder().machine_code(program(name, arch_of(device_index), defines))
+    return Kernel(code, name, device_index, arguments)
+
+
+@functools.cache
+def arch_of(device_index: int) -> str:
+    """What kernels for this device are compiled for."""
+    return target(f"sm_{target_of(device_index).arch}")
+
+
+def ordinary(kernel: Kernel) -> Kernel:
+    """`kernel`, started when all before it in the stream have ended, even where others start early."""
+    later = copy.copy(kernel)
+    later.overlap = False
+    return later
+
+
+def launch(kernel: Kernel, shape: Shape, device_index: int, *arguments: int) -> None:
+    """Start `kernel` on its device's current stream."""
+    if device_index == torch.cuda.current_device():
+        kernel.launch(shape, current_stream(device_index), *arguments)
+    else:
+        with torch.cuda.device(device_index):
+            kernel.launch(shape, current_stream(device_index), *arguments)
