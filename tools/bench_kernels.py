@@ -83,25 +83,34 @@ def main() -> int:
     read_tbps = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}: reads {read_tbps:.3f} TB/s; the floor is {LAUNCH_US} us + bytes / that")
     grid = Grid(options.group_sizes, options.rows, getattr(torch, options.dtype), read_tbps)
-    rows = [row for model in options.models for k, n in SHAPES[model] for row in grid.rows_of(k, n)]
+    rows: list[Row] = []
+    for k, n in [shape for model in options.models for shape in SHAPES[model]]:
+        rows += grid.rows_of(k, n)
+        save(options, read_tbps, rows, {})
     for group_size in options.group_sizes:
         print_summary(group_size, [row for row in rows if row["group_size"] == group_size])
     chain = {model: chain_us(SHAPES[model], options.group_sizes[0]) for model in options.models}
     for model, us in chain.items():
         print(f"chain of the linears of {model} at M=1, each kernel started early: {us:.1f} us")
-    if options.json is not None:
-        record = {
-            "device": torch.cuda.get_device_name(),
-            "date": datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d"),
-            "commit": options.commit,
-            "command": "python tools/bench_kernels.py " + " ".join(sys.argv[1:]),
-            "torch": torch.__version__,
-            "read_tbps": round(read_tbps, 4),
-            "chain_us": {model: round(us, 2) for model, us in chain.items()},
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    save(options, read_tbps, rows, chain)
     return 0
+
+
+def save(options: argparse.Namespace, read_tbps: float, rows: list[Row], chain: dict[str, float]) -> None:
+    """Write the record, also of a grid that is not complete yet."""
+    if options.json is None:
+        return
+    record = {
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": options.commit,
+        "command": "python tools/bench_kernels.py " + " ".join(sys.argv[1:]),
+        "torch": torch.__version__,
+        "read_tbps": round(read_tbps, 4),
+        "chain_us": {model: round(us, 2) for model, us in chain.items()},
+        "rows": rows,
+    }
+    options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 Row = dict[str, object]
