@@ -6,15 +6,18 @@ with the members of `Backend`. It receives canonical weights and returns opaque 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from .devices import Device, Probe, Refusal
 from .weights import AwqWeight
+
+if TYPE_CHECKING:
+    from .ops import AttentionSpec
 
 CONTRACT = (1, 1)
 """(major, minor). A plugin is accepted when its major is ours and its minor is not above ours."""
@@ -95,3 +98,17 @@ class Warms(Protocol):
 
     def warmup(self, specs: Sequence[LinearSpec], device: torch.device) -> Iterator[Prepared]:
         """Compile all that `linear` will need for `specs` on `device`; each kernel as it is ready, before `pack`."""
+
+
+class PreparesOps(Protocol):
+    """What a backend may bring beside (since 1.1): its fused operators, compiled before a decoder's first step."""
+
+    def prepare_ops(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        hidden: Collection[int],
+        mlps: Collection[tuple[int, str]],
+        attentions: Collection[tuple[AttentionSpec, bool]],
+    ) -> None:
+        """For norms of sizes `hidden`, (intermediate size, activation) and (attention, whether it has slopes)."""

@@ -47,7 +47,7 @@ class AttentionTensors:
 
     cos: Tensor  # [positions, rotary_dim / 2]
     sin: Tensor
-    q_norm: Tensor | None = None  # [head_dim], of an RMS norm before the rotation
+    q_norm: Tensor | None = None  # [head_dim], of an RMS norm before the rotation; both or neither
     k_norm: Tensor | None = None
     slopes: Tensor | None = None  # [heads]: ALiBi adds slope * (key position - query position)
 

@@ -144,6 +144,19 @@ def test_old_keys_of_the_configuration_are_honoured(tmp_path: Path) -> None:
     assert awq_rt.load(tmp_path, max_seq_len=48).awq_rt_engine.max_seq_len == 48
 
 
+def test_a_backend_may_prepare_its_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from awq_rt import registry
+
+    told: list[Any] = []
+    backend = registry.get("reference")
+    monkeypatch.setattr(type(backend), "prepare_ops", lambda self, *sizes: told.append(sizes), raising=False)
+    model = loaded(tmp_path, "gemma2", {"sliding_window": 9}, backend="reference")
+    (dtype, device, hidden, mlps, attentions) = told[0]
+    assert (dtype, device.type, hidden, mlps) == (torch.float32, "cpu", {64}, {(128, "gelu_tanh")})
+    assert {spec.window for spec, _ in attentions} == {9, None}
+    assert model.fusion.decoder is not None
+
+
 # --- attention while a prompt is read --------------------------------------------------------------------------------
 
 

@@ -69,7 +69,8 @@ def _fuse(model: Any, mapping: Mapping[str, Any] | None) -> Fusion:
     spec = linears[0].spec
     assert spec is not None
     device, dtype = places.pop(), spec.dtype
-    ops = Ops(registry.get(linears[0].backend_name))
+    backend = registry.get(linears[0].backend_name)
+    ops = Ops(backend)
     flash = model.config._attn_implementation == "flash_attention_2"
     found = finder.description()
     if device.type == "cuda":
@@ -77,6 +78,9 @@ def _fuse(model: Any, mapping: Mapping[str, Any] | None) -> Fusion:
             move_together(layer.projections)
             torch.cuda.empty_cache()
         torch.cuda.synchronize(device)  # kernels may read weights before the kernels ahead of them have ended
+    prepare = getattr(backend, "prepare_ops", None)
+    if prepare is not None:
+        prepare(dtype, device, found.hidden_sizes, found.mlps, found.attentions)
     description = verified(found, model, ops, device, dtype, flash)
     unfused = []
     for index, layer in enumerate(description.layers):

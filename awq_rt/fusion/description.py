@@ -70,3 +70,18 @@ class Description:
     rotary: Callable[[int], tuple[Tensor, Tensor]] | None
     rotary_limit: int | None
     parts: tuple[tuple[nn.Module, str, nn.Module], ...]  # (parent, name, child): all that this was read from
+
+    @property
+    def hidden_sizes(self) -> set[int]:
+        return {len(self.norm.weight)}
+
+    @property
+    def mlps(self) -> set[tuple[int, str]]:
+        """(intermediate size, activation) of every gated MLP."""
+        found = [layer.mlp for layer in self.layers if isinstance(layer.mlp, GatedMlp)]
+        return {(mlp.down.in_features, mlp.activation) for mlp in found}
+
+    @property
+    def attentions(self) -> set[tuple[AttentionSpec, bool]]:
+        """(attention, whether it has slopes) of every layer."""
+        return {(layer.attention.spec, layer.attention.slopes is not None) for layer in self.layers}

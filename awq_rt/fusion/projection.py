@@ -30,6 +30,10 @@ class Projection:
         self._pointers = [_pointer(linear) for linear in self.linears]
 
     @property
+    def in_features(self) -> int:
+        return int(self.linears[0].in_features)  # type: ignore[arg-type]
+
+    @property
     def joined(self) -> bool:
         """Whether this is one product."""
         return self._product is not None or len(self.linears) == 1

@@ -8,7 +8,7 @@ exllama  a family with a layout and kernels of its own, for who asks for it (exl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,7 @@ from awq_rt import devices
 from awq_rt.backend import LinearSpec, Packed, Prepared
 from awq_rt.devices import Device, Probe, Refusal
 from awq_rt.errors import OutOfMemory
+from awq_rt.ops import AttentionSpec
 from awq_rt.weights import AwqWeight
 
 from . import exllama, fused, joining, packing, requirements, rows, tiled
@@ -80,6 +81,16 @@ class CudaBackend:
         programs = list(dict.fromkeys(found))
         for done, built in enumerate(tiled.builder().build(programs), start=1):
             yield Prepared(str(built.program), built.compiled, done, len(programs))
+
+    def prepare_ops(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        hidden: Collection[int],
+        mlps: Collection[tuple[int, str]],
+        attentions: Collection[tuple[AttentionSpec, bool]],
+    ) -> None:
+        tiled.builder().machine_codes(fused.programs(dtype, _index(device), hidden, mlps, attentions))
 
     def unpack(self, packed: Packed) -> AwqWeight:
         if packed.layout == rows.PREFIX:

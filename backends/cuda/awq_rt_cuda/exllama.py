@@ -36,7 +36,7 @@ RESIDENT = {1: 3, 2: 2, 4: 2, 8: 2}
 """Blocks of 8 waves, by their rows, that find registers in a multiprocessor without a spill."""
 
 DEQUANTIZE_FROM = 17
-"""Rows of x from which dequantising and torch's BLAS win."""
+"""Rows of x from which dequantising and torch's BLAS win. NVIDIA H100 80GB HBM3, 2026-11-22, three shapes."""
 
 ARGUMENTS, DEQUANTIZE_ARGUMENTS = 9, 6
 DEQUANTIZE_WAVES = 8
