@@ -49,6 +49,7 @@ bench: $(VENV)/.development  ## the figures of benchmarks/ that need no GPU
 bench-kernels:  ## the figures of benchmarks/ that need an NVIDIA GPU, with the python3 and the torch of this machine
 	PYTHONPATH=.:backends/reference:backends/cuda $(PYTHON) tools/bench_kernels.py \
 	  --models 7b 8b 70b qwen7b --json benchmarks/kernels-h100.json
+	PYTHONPATH=.:backends/reference:backends/cuda $(PYTHON) tools/plot_kernels.py benchmarks/kernels-h100.json
 
 kernel-resources: $(VENV)/.development  ## registers, shared memory and spills of every CUDA kernel and target
 	$(BIN)/python tools/kernel_resources.py

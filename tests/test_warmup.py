@@ -9,9 +9,11 @@ import pytest
 import torch
 from builders import LAYOUTS, some_weights, write_layout
 from click.testing import CliRunner, Result
+from tiny import FAMILIES, build
+from transformers import AutoConfig
 
-from awq_rt import open_checkpoint, registry
-from awq_rt.backend import CONTRACT, LinearSpec, Prepared
+from awq_rt import load, open_checkpoint, registry
+from awq_rt.backend import CONTRACT, LinearSpec, Packed, Prepared
 from awq_rt.checkpoint import Checkpoint
 from awq_rt.cli import cli
 from awq_rt.cli.warmup import COMMON_SHAPES
@@ -20,6 +22,7 @@ from awq_rt.registry import Plugin
 from awq_rt.rtc import Builder, KernelStore, Program
 from awq_rt.testing import hurtful_weight
 from awq_rt.warmup import specs_of
+from awq_rt.weights import AwqWeight
 
 CPU = torch.device("cpu")
 
@@ -184,3 +187,30 @@ def test_the_cuda_backend_compiles_ahead_all_that_a_linear_needs(
     Builder(FakeCompiler(), KernelStore(tmp_path)).machine_codes(plan.programs())  # in another process
     for module in (tiled, exllama):
         module.plan.cache_clear()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_loading_compiles_ahead_of_the_first_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Experts too, whose gate and up are one linear: what is compiled is what is packed."""
+    from awq_rt_reference import ReferenceBackend
+
+    asked: list[LinearSpec] = []
+    packed: list[LinearSpec] = []
+
+    class Ordered(ReferenceBackend):
+        def warmup(self, specs: Sequence[LinearSpec], device: torch.device) -> Iterator[Prepared]:
+            assert not packed
+            asked.extend(specs)
+            yield Prepared("the only kernel", compiled=True, done=1, total=1)
+
+        def pack(self, weight: AwqWeight, spec: LinearSpec, device: torch.device) -> Packed:
+            packed.append(spec)
+            return super().pack(weight, spec, device)
+
+    monkeypatch.setattr(registry, "plugins", lambda: (Plugin("reference", "nowhere", "1.0", Ordered(), None),))
+    build(tmp_path, AutoConfig.for_model(family, **FAMILIES[family]))
+    load(tmp_path, device="cpu", dtype="float16")
+    assert packed
+    assert set(packed) == set(asked)

@@ -18,12 +18,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..backend import LinearSpec
 from ..checkpoint import Checkpoint
 from ..conversion import quantization_config, stored_tensors
 from ..errors import LayoutCannotHold, UnsupportedDevice
 from ..formats import WRITABLE, LinearShape
 from ..linear import AwqLinear
 from ..memory import Trimmer
+from ..warmup import spec_of, warmup
 from ..weights import AwqWeight
 from .activation import ScaledActivation
 from .experts import AwqExperts, empty_linear
@@ -107,6 +109,7 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
         self.quantization_config.dense.clear()  # loaded by now
         slow: dict[tuple[str, str], list[str]] = {}
         filled, memory = list(self._linears(model)), Trimmer()
+        self._compile_ahead(filled)
         for linear, names in logging.tqdm(filled, desc="Packing weights"):
             device = linear.packed_0.device
             weights = [checkpoint.read(name, device) for name in names]
@@ -126,6 +129,21 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         self.quantization_config.checkpoint = None  # its files can be closed
         return model
+
+    def _compile_ahead(self, filled: list[tuple[AwqLinear, tuple[str, ...]]]) -> None:
+        """Compile what `filled` will need, all side by side and where somebody can see how far it is."""
+        checkpoint, config = self._checkpoint(), self.quantization_config
+        specs: dict[torch.device, list[LinearSpec]] = {}
+        for linear, names in filled:
+            parts = [checkpoint.linears[name] for name in names]
+            specs.setdefault(linear.packed_0.device, []).append(spec_of(parts, self.dtype, config.kernel))
+        for device, its in specs.items():
+            bar = None
+            for kernel in warmup(its, device, config.backend):
+                bar = bar or logging.tqdm(total=kernel.total, desc="Compiling kernels")
+                bar.update()
+            if bar is not None:
+                bar.close()
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The model as a checkpoint stores it, in the layout it came in (gemm where that cannot be written).

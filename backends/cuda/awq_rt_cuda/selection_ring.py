@@ -65,12 +65,17 @@ OTHER_COSTS = {64: (0.717, 3.41), 128: (1.444, 1.77)}
 """Of gemm.cuh at these numbers of rows: us a MB of weight, and us. It is never faster at more rows."""
 
 
+LARGEST_GROUP = 256
+
+
 def row_steps(kind: Kind, target: Target) -> tuple[int, ...]:
     """Numbers of rows that gemm_ring.cu may serve; none where it cannot.
 
-    It needs wgmma, which 9.0 alone has, and scales of the activations' dtype, for it rounds weights to that.
+    It needs wgmma, which 9.0 alone has, and scales of the activations' dtype, for it rounds weights to that: in a large
+    group, which has 16 different ones, they would all err alike, and where x has a mean the errors add up.
     """
-    return tuple(COSTS) if target.arch == 90 and kind.scale_kind == (0 if kind.half else 1) else ()
+    rounds_well = kind.scale_kind == (0 if kind.half else 1) and kind.group_size <= LARGEST_GROUP
+    return tuple(COSTS) if target.arch == 90 and rounds_well else ()
 
 
 @functools.lru_cache(maxsize=1024)
