@@ -9,7 +9,8 @@ PROMPT ?= What is the capital of France, and what is it known for?
 # The transformers releases that `make test-transformers` runs the model tests on, beside the newest in `make test`.
 TRANSFORMERS ?= 5.16.0 5.17.0
 
-.PHONY: help demo test test-gpu lint test-wheels test-transformers bench bench-kernels kernel-resources clean
+.PHONY: help demo test test-gpu lint test-wheels test-transformers bench bench-kernels kernel-resources rocm-resources \
+  clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -54,6 +55,9 @@ bench-kernels:  ## the figures of benchmarks/ that need an NVIDIA GPU, with the 
 kernel-resources: $(VENV)/.development  ## registers, shared memory and spills of every CUDA kernel and target
 	$(BIN)/python tools/kernel_resources.py
 
+rocm-resources: $(VENV)/.development  ## registers, LDS, spills and issue shares of every AMD kernel and target
+	$(BIN)/python tools/rocm_resources.py
+
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(VENV)-transformers demo dist build
 
@@ -67,7 +71,9 @@ $(VENV)/.runtime: $(VENV)/bin/pip pyproject.toml backends/reference/pyproject.to
 	touch $@
 
 $(VENV)/.development: $(VENV)/bin/pip pyproject.toml backends/reference/pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e backends/reference -e backends/cuda -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e backends/reference -e backends/cuda -e backends/rocm -e '.[dev]'
+	$(BIN)/pip install --quiet --target $(VENV)/llvm --upgrade --python-version 3.12 --ignore-requires-python \
+	  --only-binary=:all: --no-deps llvm-nanobind==21.1.6.3  # LLVM's disassembler, for tools/amdsim
 	touch $@ $(VENV)/.runtime
 
 $(MODEL): $(VENV)/.runtime

@@ -32,7 +32,7 @@ ENVIRONMENT = (
 INSTALL_TORCH = "https://pytorch.org/get-started/locally/"
 BACKEND_FOR = {
     "nvidia": ("no installed backend drives it", "pip install 'awq-rt[cuda]'"),
-    "amd": ("it needs a backend plugin, and none is installed", "pip index versions awq-rt-rocm"),
+    "amd": ("no installed backend drives it", "pip install 'awq-rt[rocm]'"),
 }
 """By a GPU's platform: what is missing, and the command that helps. The only place that knows a plugin by its name."""
 

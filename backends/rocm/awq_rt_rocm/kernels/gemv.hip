@@ -1,0 +1,162 @@
+// y = x W + bias for few rows, on the vector units: memory bound, so what counts is that loads are early and whole.
+//
+// A block is one strip of 16 columns; its waves take the strip's tiles in turn, so that neighbours read neighbouring
+// KiB. In a wave of 64 lanes, lane = 16 quarter + column holds one chunk of a tile; in a wave of 32, two. x is staged a tile
+// at a time in shared memory of the wave's own, where all 16 columns read the same 16 bytes. Codes less zero points
+// are small integers, exact in float16; sums are float32, and the scale is applied to the sums of a group.
+//
+// ROWS   rows of x a block takes
+// WAVES  waves of a block
+// DEPTH  tiles a wave has under way
+#include "tile.h"
+
+constexpr u32 kRows = ROWS, kWaves = WAVES, kDepth = DEPTH;
+constexpr u32 kThreads = kWaves * kWave;
+constexpr u32 kChunks = 64 / kWave;              // of a tile, that one lane holds
+constexpr u32 kRowsAtOnce = kWave / 16;          // rows of x that a wave stages with one load
+constexpr u32 kStageSteps = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
+
+#if ACTIVATION_HALF
+using Staged = f16;  // multiplied in pairs
+#else
+using Staged = float;  // there is no product of a float16 and a bfloat16: x is widened once, where it is staged
+#endif
+
+struct Under {  // what of one tile is under way
+    Chunk chunks[kChunks];
+    words4 x[kStageSteps];
+};
+
+struct Block {
+    Weight weight;
+    const u16* x;  // [m, k]
+    u32 m, k, strip, first_row, lane;
+
+    __device__ __forceinline__ void read(Under& under, u32 tile) const {
+#pragma unroll
+        for (u32 i = 0; i < kChunks; i++)
+            under.chunks[i].read(weight, strip, tile, lane / 16 + i * (kWave / 16), lane % 16);
+#pragma unroll
+        for (u32 i = 0; i < kStageSteps; i++) {
+            const u32 row = i * kRowsAtOnce + lane / 16, depth = lane % 16 * 8;
+            const u16* first = x + (u64)first_row * k + tile * kTileDepth;
+            under.x[i] = words4{0, 0, 0, 0};
+            if (row < kRows && first_row + row < m && tile * kTileDepth + depth < k)
+                under.x[i] = load<words4>(first, (row * k + depth) * 2);
+        }
+    }
+};
+
+__device__ __forceinline__ void stage(Staged (&to)[kRows][kTileDepth], const Under& under, u32 lane) {
+#pragma unroll
+    for (u32 i = 0; i < kStageSteps; i++) {
+        const u32 row = i * kRowsAtOnce + lane / 16;
+        if (row >= kRows) continue;
+#if ACTIVATION_HALF
+        *reinterpret_cast<words4*>(&to[row][lane % 16 * 8]) = under.x[i];
+#else
+        floats4 wide[2];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            wide[j / 2][j % 2 * 2] = bits_as<float>(under.x[i][j] << 16);
+            wide[j / 2][j % 2 * 2 + 1] = bits_as<float>(under.x[i][j] & 0xFFFF0000u);
+        }
+        floats4* place = reinterpret_cast<floats4*>(&to[row][lane % 16 * 8]);
+        place[0] = wide[0];
+        place[1] = wide[1];
+#endif
+    }
+}
+
+// Eight weights of one column times eight of x.
+__device__ __forceinline__ float multiply(const f16x2 (&w)[4], const Staged* x, float sum) {
+#if ACTIVATION_HALF
+    const words4 eight = *reinterpret_cast<const words4*>(x);
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum = dot2(w[i], bits_as<f16x2>(eight[i]), sum);
+#else
+    const floats4* eight = reinterpret_cast<const floats4*>(x);
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum = __builtin_fmaf((float)w[i / 2][i % 2], eight[i / 4][i % 4], sum);
+#endif
+    return sum;
+}
+
+__device__ __forceinline__ void accumulate(
+    float (&y)[kRows], const Under& under, const Staged (&x)[kRows][kTileDepth], u32 lane) {
+#pragma unroll
+    for (u32 c = 0; c < kChunks; c++) {
+        const Chunk& chunk = under.chunks[c];
+        const u32 quarter = lane / 16 + c * (kWave / 16);
+#pragma unroll
+        for (int group = 0; group < kGroupsInTile; group++) {
+            const ZeroPair zero = zero_pair(chunk.groups[group]);
+            const float scale = scale_of(chunk.groups[group]);
+            float sums[kRows] = {};
+#pragma unroll
+            for (int word = group * kGroupWords; word < (group + 1) * kGroupWords; word++) {
+                f16x2 w[4];
+                dequantize(w, chunk.words[word], zero);
+                if (kRows > 1) keep_order();
+#pragma unroll
+                for (u32 row = 0; row < kRows; row++)
+                    sums[row] = multiply(w, &x[row][word * 32 + quarter * 8], sums[row]);
+            }
+#pragma unroll
+            for (u32 row = 0; row < kRows; row++) y[row] = __builtin_fmaf(scale, sums[row], y[row]);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) gemv(
+    const words4* __restrict__ codes,  // [strips, tiles, 4, 16]
+    const GroupConstants* __restrict__ constants,  // [strips, groups, 16]
+    const float* __restrict__ bias,    // [n], or null
+    const u16* __restrict__ x,         // [m, k] activations, 16-byte aligned
+    u16* __restrict__ y,               // [m, n] activations, out
+    u32 m, u32 n, u32 k, u32 tiles, u32 groups) {
+    __shared__ __attribute__((aligned(16))) Staged staged[kWaves][kRows][kTileDepth];
+    __shared__ float parts[kWaves][kRows][kStrip];
+    const u32 lane = lane_index(), wave = wave_index();
+    const Block block = {{codes, constants, tiles, groups}, x, m, k, block_y(), block_x() * kRows, lane};
+
+    Under under[kDepth];
+#pragma unroll
+    for (u32 i = 0; i < kDepth; i++)
+        if (wave + i * kWaves < tiles) block.read(under[i], wave + i * kWaves);
+
+    float sums[kRows] = {};
+    for (u32 first = wave; first < tiles; first += kDepth * kWaves) {
+#pragma unroll
+        for (u32 i = 0; i < kDepth; i++) {
+            const u32 tile = first + i * kWaves, next = tile + kDepth * kWaves;
+            if (tile >= tiles) break;
+            wave_fence();  // the tile before has been read from shared memory
+            stage(staged[wave], under[i], lane);
+            wave_fence();
+            if (kRows == 1) {
+                accumulate(sums, under[i], staged[wave], lane);
+                if (next < tiles) block.read(under[i], next);
+            } else {  // reads of all rows from shared memory would be made before the branch, and spill
+                const Under current = under[i];
+                if (next < tiles) block.read(under[i], next);
+                accumulate(sums, current, staged[wave], lane);
+            }
+        }
+    }
+
+#pragma unroll
+    for (u32 row = 0; row < kRows; row++) {
+#pragma unroll
+        for (u32 mask = 16; mask < kWave; mask *= 2) sums[row] += from_lane_xor(sums[row], mask);
+        if (lane < 16) parts[wave][row][lane] = sums[row];
+    }
+    block_barrier();
+    for (u32 i = thread_index(); i < kRows * kStrip; i += kThreads) {
+        const u32 row = block_x() * kRows + i / kStrip, column = block_y() * kStrip + i % kStrip;
+        float sum = 0;
+#pragma unroll
+        for (u32 w = 0; w < kWaves; w++) sum += parts[w][i / kStrip][i % kStrip];
+        if (row < m && column < n) y[(u64)row * n + column] = activation_of_float(sum + (bias ? bias[column] : 0.0f));
+    }
+}
