@@ -156,7 +156,8 @@ def test_a_plugin_that_waits_for_a_torch_that_reaches_its_gpu_is_not_blamed(diag
 def test_an_amd_gpu_needs_a_plugin(diagnosed: Callable[..., Report]) -> None:
     finding = only(diagnosed(CPU_TORCH, TRANSFORMERS, amd=Probe((MI300,))))
     assert finding.code == "AWQ-BACKEND-004"
-    assert "it needs a backend plugin" in finding.reason
+    assert "no installed backend drives it" in finding.reason
+    assert finding.command == "pip install 'awq-rt[rocm]'"
 
 
 @pytest.mark.parametrize(
