@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .generation.streaming import stream as stream
     from .linear import AwqLinear as AwqLinear
     from .models import load as load
+    from .quantization import quantize as quantize
     from .weights import AwqWeight as AwqWeight
 
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "open_checkpoint": "checkpoint",
     "Checkpoint": "checkpoint",
     "convert": "conversion",
+    "quantize": "quantization",
     "AwqWeight": "weights",
     "AwqLinear": "linear",
     "AwqRtError": "errors",

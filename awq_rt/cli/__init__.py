@@ -14,8 +14,10 @@ from ..errors import AwqRtError
 from .bench import bench
 from .convert import convert
 from .doctor import doctor
+from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
+from .quantize import quantize
 from .warmup import warmup
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -70,7 +72,7 @@ def cli() -> None:
     """Run 4-bit AWQ language models on whatever GPU there is, or on none."""
 
 
-for command in (generate, inspect, convert, bench, warmup, doctor):
+for command in (generate, inspect, convert, quantize, evaluate, bench, warmup, doctor):
     cli.add_command(command)
 
 

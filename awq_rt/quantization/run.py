@@ -1,0 +1,286 @@
+"""`awq_rt.quantize`: a dense checkpoint to a 4-bit one, one decoder block after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..checkpoint import write_checkpoint
+from ..checkpoint.writer import MAX_SHARD_BYTES
+from ..conversion import describe
+from ..errors import DestinationExists, UnsupportedDevice
+from ..memory import Trimmer
+from .block import packable, round_block, search_block
+from .calibration import Calibration, Source, calibration_samples, check_vocabulary
+from .errors import CannotPack, TokenizerMismatch
+from .groups import TOKENS, Structure, find_structure
+from .packing import packed_tensors, restore
+from .report import BlockReport, Report, write_report
+from .settings import Settings
+from .source import DenseSource
+from .store import Store
+from .streaming import Block, Call, StreamedModel
+
+Progress = Callable[[str, int, int], None]
+
+
+def quantize(
+    id_or_path: str | Path,
+    out: str | Path,
+    *,
+    calibration: Source = None,
+    device: str | torch.device | None = None,
+    force: bool = False,
+    restart: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    **settings: Any,
+) -> Report:
+    """Write the dense model `id_or_path` (a folder or hub id) to the folder `out` in 4 bits.
+
+    `settings` are the fields of `Settings`: method "awq" or "rtn", group_size, zero_point, layout, samples, length,
+    seed, ... `calibration` is None for the bundled text, a text or `.jsonl` file, a Hugging Face data set's name, or a
+    list of strings or token ids. `device` defaults to a GPU where there is one. Memory holds one block and the
+    calibration's hidden states. Finished blocks are kept beside `out`: the same call takes an interrupted run up again,
+    `restart` begins anew. `progress` is called with (what is done, blocks done, blocks in all).
+
+    Raises a `CheckpointError` for a bad source, a `QuantizeError` for what cannot be quantised, a `WriteError` for a
+    bad destination (which is then as it was); NotImplementedError for architectures whose blocks cannot be run one by
+    one.
+    """
+    chosen = Settings(**settings)
+    destination = Path(out)
+    if destination.exists() and not force:
+        raise DestinationExists(f"{destination} exists; choose another name, or force")
+    source = DenseSource(id_or_path, revision=revision, token=token)
+    run = _Run(source, chosen, _device(device), progress or (lambda *_: None), trust_remote_code)
+    text = run.calibration(calibration) if chosen.method == "awq" else None
+    store = Store(destination, run.identity(text), restart=restart)
+    started = time.perf_counter()
+    with _fast_matmul(run.device):
+        reports, resumed = run.blocks(store, text)
+    config = run.config()
+    write_checkpoint(
+        destination, run.tensors(store), config, beside=source.source, force=force, max_shard_bytes=max_shard_bytes
+    )
+    report = Report(
+        destination,
+        chosen.to_json(),
+        None if text is None else text.source,
+        0 if text is None else text.tokens.numel(),
+        _device_name(run.device),
+        time.perf_counter() - started,
+        tuple(reports),
+        resumed,
+    )
+    write_report(report, destination)
+    store.remove()
+    return report
+
+
+class _Run:
+    """One quantisation: the model, block by block, and what becomes of each."""
+
+    def __init__(
+        self, source: DenseSource, settings: Settings, device: torch.device, progress: Progress, remote_code: bool
+    ):
+        self.source, self.settings, self.device, self.progress = source, settings, device, progress
+        self.remote_code = remote_code
+        self.model = StreamedModel(source, device, trust_remote_code=remote_code)
+        self.packable = [packable(block, settings) for block in self.model.blocks]
+        self._structures: dict[Any, Structure] = {}
+        self._memory = Trimmer()
+        self._check_packable()
+        self._check_outside()
+
+    def calibration(self, source: Source) -> Calibration:
+        tokenizer = _tokenizer(self.source.root, self.remote_code)
+        settings = self.settings
+        found = calibration_samples(
+            source, tokenizer, samples=settings.samples, length=settings.length, seed=settings.seed
+        )
+        check_vocabulary(found, self.model.vocabulary)
+        return found
+
+    def identity(self, text: Calibration | None) -> dict[str, Any]:
+        """What the result depends on, in words that an unfinished run is compared by."""
+        digest = None if text is None else text.digest
+        return {
+            "awq_rt": __version__,
+            "source": self.source.digest,
+            "calibration": digest,
+            "device": self.device.type,
+            **self.settings.to_json(),
+        }
+
+    def blocks(self, store: Store, text: Calibration | None) -> tuple[list[BlockReport], int]:
+        """(every block's report, how many blocks an earlier run had finished). All tensors are in `store`
+        afterwards."""
+        hidden: Tensor | None = None
+        calls: list[Call] = []
+        short: list[Call] = []
+        if text is not None:
+            self.progress("reading the text", 0, len(self.model.blocks))
+            hidden, calls = self.model.embed(text.tokens)
+            _, short = self.model.embed(text.tokens[:1, :TOKENS])
+        reports, resumed = [], 0
+        for number, block in enumerate(self.model.blocks):
+            self.progress(block.path, number, len(self.model.blocks))
+            report = store.report(number)
+            last = number == len(self.model.blocks) - 1
+            if report is not None:
+                resumed += 1
+                if hidden is not None and not last:
+                    with self.model.loaded(block):
+                        self._advance(block, number, store, calls[number], hidden)
+            else:
+                with self.model.loaded(block):
+                    report = self._quantize(block, number, store, hidden, calls, short)
+                    if hidden is not None and not last:
+                        self._advance(block, number, store, calls[number], hidden)
+            reports.append(report)
+        self.progress("writing", len(self.model.blocks), len(self.model.blocks))
+        return reports, resumed
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the result."""
+        packed = self._packed_names()
+        dense = [
+            name.removesuffix(".weight")
+            for name, info in self.source.tensors.items()
+            if len(info.shape) == 2 and name.removesuffix(".weight") not in packed
+        ]
+        settings = self.settings
+        stated = describe(settings.layout, settings.group_size, dense, packed=sorted(packed))
+        config = {**self.source.config, "quantization_config": stated}
+        for holder in (config, config.get("text_config")):
+            for key in ("dtype", "torch_dtype"):
+                if isinstance(holder, dict) and key in holder:
+                    holder[key] = settings.dtype
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["torch_dtype"] = settings.dtype  # read by every release of transformers
+        return config
+
+    def tensors(self, store: Store) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the result by name: the source's own order outside the blocks, then the blocks."""
+        yield from self._outside()
+        for number in range(len(self.model.blocks)):
+            yield from store.tensors(number).items()
+
+    def _quantize(
+        self,
+        block: Block,
+        number: int,
+        store: Store,
+        hidden: Tensor | None,
+        calls: list[Call],
+        short: list[Call],
+    ) -> BlockReport:
+        chosen, settings = self.packable[number], self.settings
+        if hidden is None:
+            weights, report = round_block(block, chosen, settings)
+        else:
+            structure = self._structure(block, short[number], hidden[:1, :TOKENS])
+            weights, report = search_block(block, chosen, structure, calls[number], hidden, settings)
+        tensors = packed_tensors(block, weights, settings.layout, settings.stored_dtype)
+        store.save(number, tensors, report)
+        self._memory.worked_through(sum(4 * p.numel() for p in block.module.parameters()))
+        return report
+
+    def _advance(self, block: Block, number: int, store: Store, call: Call, hidden: Tensor) -> None:
+        """Run the loaded block as it was stored: `hidden` becomes what the next block will see."""
+        restore(block, store.tensors(number), self.packable[number].shapes, self.settings.layout)
+        with torch.no_grad():
+            for sample in hidden:
+                sample.copy_(call(block.module, sample[None])[0])
+
+    def _structure(self, block: Block, call: Call, hidden: Tensor) -> Structure:
+        """The block's groups, found once for all blocks of the same make."""
+        make = tuple((path, type(m), _shapes(m)) for path, m in block.module.named_modules())
+        if make not in self._structures:
+            self._structures[make] = find_structure(block.module, call, hidden, self.model.config)
+        return self._structures[make]
+
+    def _packed_names(self) -> set[str]:
+        return {
+            name.removesuffix(".weight")
+            for block, chosen in zip(self.model.blocks, self.packable, strict=True)
+            for path in chosen.shapes
+            for name in block.names[f"{path}.weight"]
+        }
+
+    def _outside(self) -> Iterator[tuple[str, Tensor]]:
+        """The result's tensors outside the blocks."""
+        inside = {name for block in self.model.blocks for names in block.names.values() for name in names}
+        for name in self.source.tensors:
+            if name not in inside:
+                yield name, self.source.stored(name, self.settings.stored_dtype)
+
+    def _check_outside(self) -> None:
+        """Raise `NonFiniteWeights` now rather than when the work is done."""
+        for _, tensor in self._outside():
+            self._memory.worked_through(tensor.nbytes)
+
+    def _check_packable(self) -> None:
+        dense = {name: reason for chosen in self.packable for name, reason in chosen.dense.items()}
+        unfit = {name: reason for name, reason in dense.items() if "to be skipped" not in reason}
+        listed = "\n  ".join(f"{name}: {reason}" for name, reason in list(unfit.items())[:5])
+        if not any(chosen.shapes for chosen in self.packable):
+            raise CannotPack(
+                f"no linear of {self.source.root} can be packed"
+                + (f":\n  {listed}" if listed else "; its blocks hold no nn.Linear that is not to be skipped")
+            )
+        if unfit and self.settings.strict:
+            more = f"\n  and {len(unfit) - 5} more" if len(unfit) > 5 else ""
+            raise CannotPack(f"{len(unfit)} linears cannot be packed, and strict was asked for:\n  {listed}{more}")
+
+
+def _shapes(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters(recurse=False))
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UnsupportedDevice(f"device {str(device)!r} cannot be used: {error}") from error
+    return chosen
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+@contextmanager
+def _fast_matmul(device: torch.device) -> Iterator[None]:
+    """Products of float32 on tensor cores: their 11 bits are those of float16 activations, and sums stay in float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _tokenizer(root: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((root / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raise whatever their library does
+        raise TokenizerMismatch(f"{root}: the tokenizer cannot be used: {error}") from error
