@@ -66,14 +66,24 @@ $(VENV)/bin/pip:
 	  echo "python3 -m venv failed: on Debian it is the package python3-venv"; \
 	  test "$$(id -u)" = 0 && apt-get update -q && apt-get install -qy python3-venv && $(PYTHON) -m venv --clear $(VENV); }
 
-$(VENV)/.runtime: $(VENV)/bin/pip pyproject.toml backends/reference/pyproject.toml constraints.txt
+# The CPU backend is C++; where there is no compiler the reference backend serves.
+define install-cpu-backend
+@if command -v c++ >/dev/null; then $(BIN)/pip install --quiet -c constraints.txt ./backends/cpu; \
+else echo "no C++ compiler: awq-rt-cpu is not built, the reference backend serves; on Debian: apt-get install g++"; fi
+endef
+
+CPU_SOURCES := $(wildcard backends/cpu/pyproject.toml backends/cpu/CMakeLists.txt backends/cpu/src/* backends/cpu/awq_rt_cpu/*.py)
+
+$(VENV)/.runtime: $(VENV)/bin/pip pyproject.toml backends/reference/pyproject.toml constraints.txt $(CPU_SOURCES)
 	$(BIN)/pip install --quiet -c constraints.txt -e backends/reference -e '.[gguf]'
+	$(install-cpu-backend)
 	touch $@
 
-$(VENV)/.development: $(VENV)/bin/pip pyproject.toml backends/reference/pyproject.toml constraints.txt
+$(VENV)/.development: $(VENV)/bin/pip pyproject.toml backends/reference/pyproject.toml constraints.txt $(CPU_SOURCES)
 	$(BIN)/pip install --quiet -c constraints.txt -e backends/reference -e backends/cuda -e backends/rocm -e '.[dev]'
 	$(BIN)/pip install --quiet --target $(VENV)/llvm --upgrade --python-version 3.12 --ignore-requires-python \
 	  --only-binary=:all: --no-deps llvm-nanobind==21.1.6.3  # LLVM's disassembler, for tools/amdsim
+	$(install-cpu-backend)
 	touch $@ $(VENV)/.runtime
 
 $(MODEL): $(VENV)/.runtime

@@ -9,6 +9,7 @@ and that `pip install awq-rt` alone runs a 4-bit model on the CPU.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dist, home = Path(folder, "dist"), Path(folder, "venv")
         for project in (ROOT, *sorted(path.parent for path in ROOT.glob("backends/*/pyproject.toml"))):
+            if (project / "CMakeLists.txt").exists() and shutil.which("c++") is None:
+                print(f"{project.name} is left out: there is no C++ compiler")
+                continue
             run(sys.executable, "-m", "build", "--wheel", "--outdir", dist, project)
         print("built", ", ".join(sorted(wheel.name for wheel in dist.glob("*.whl"))))
 

@@ -101,17 +101,13 @@ class Decoder:
 
         `seen` bounds the positions that any row has, where the caller knows; a captured step cannot.
         """
-        extent = cache.length if seen is None else seen
 
         def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
-            return self.ops.decode_attention(
-                qkv,
-                positions,
-                cache.keys[index][:, :, :extent],
-                cache.values[index][:, :, :extent],
-                layer.attention.spec,
-                self._tensors[index],
-            )
+            keys, values = cache.keys[index], cache.values[index]
+            if seen is not None and "decode_attention" not in self.ops.own:  # the definition reads all that it is given
+                keys, values = keys[:, :, :seen], values[:, :, :seen]
+            spec, tensors = layer.attention.spec, self._tensors[index]
+            return self.ops.decode_attention(qkv, positions, keys, values, spec, tensors)
 
         return self._logits(self._layers(tokens, attend))
 
