@@ -373,3 +373,11 @@ def test_other_commands_point_to_the_doctor_when_torch_cannot_be_imported(tmp_pa
     assert done.returncode == 1
     assert "Error: libcudart.so.12: cannot open shared object file; `awq-rt doctor` says more" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_variables_of_plugins_are_shown(diagnosed: Callable[..., Report], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWQ_RT_FAST_ISA", "plain")
+    monkeypatch.setenv("UNRELATED", "1")
+    environment = diagnosed(CPU_TORCH, TRANSFORMERS).environment
+    assert environment["AWQ_RT_FAST_ISA"] == "plain"
+    assert "UNRELATED" not in environment

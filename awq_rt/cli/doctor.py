@@ -13,6 +13,7 @@ from .console import console, table
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..devices import Device
     from ..doctor import Report, Torch
 
 STYLES = {"ready": "bold green", "degraded": "bold yellow", "unusable": "bold red"}
@@ -95,6 +96,13 @@ def _print_devices(report: Report, out: Console) -> None:
         out.print(f"  {kind}: {refusal}", soft_wrap=True)
 
 
+def _driven(device: Device) -> str:
+    """A device as a backend drives it; of a CPU, with the instruction set that the backend chose."""
+    if device.type != "cpu":
+        return f"{device.type}:{device.index}"
+    return f"cpu ({device.driver})" if device.driver else "cpu"
+
+
 def _print_backends(report: Report, out: Console) -> None:
     out.print("\nBackends", style="bold")
     if not report.plugins:
@@ -103,9 +111,7 @@ def _print_backends(report: Report, out: Console) -> None:
     rows = table("  name", "version", "distribution", "priority", "drives", "kernels", right=("priority",))
     for plugin in report.plugins:
         if plugin.refusal is None:
-            drives = (
-                ", ".join(d.type if d.type == "cpu" else f"{d.type}:{d.index}" for d in plugin.devices) or "nothing"
-            )
+            drives = ", ".join(map(_driven, plugin.devices)) or "nothing"
             state = (str(plugin.priority), drives, ", ".join(plugin.kernels))
         else:
             state = ("-", f"quarantined [{plugin.refusal.code}]", "")

@@ -81,13 +81,19 @@ def diagnose(time_limit_s: float = TIME_LIMIT_S) -> Report:
         summary=_summary(findings, torch, host.devices[0], plugins),
         findings=tuple(findings),
         system=_system(host.devices[0]),
-        environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        environment=_environment(),
         packages=packages,
         torch=torch,
         devices=(*host.devices, *gpus),
         refusals=refusals,
         plugins=plugins,
     )
+
+
+def _environment() -> dict[str, str]:
+    """Variables that matter here: those of `ENVIRONMENT`, and whatever plugins call AWQ_RT_something."""
+    ours = sorted(name for name in os.environ if name.startswith("AWQ_RT_"))
+    return {name: os.environ[name] for name in dict.fromkeys((*ENVIRONMENT, *ours)) if name in os.environ}
 
 
 def _about_packages(packages: Sequence[Package]) -> Iterator[Finding]:
