@@ -341,7 +341,9 @@ def test_code_in_a_checkpoint_runs_only_when_asked_for(llama: Path) -> None:
     ran = llama / "ran"
     code = (
         f"import pathlib; pathlib.Path({str(ran)!r}).touch()\n"
-        "from transformers import LlamaConfig as CustomConfig, LlamaForCausalLM as Custom\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class CustomConfig(LlamaConfig): model_type = 'custom-llama'\n"  # its own: transformers marks the class
+        "class Custom(LlamaForCausalLM): config_class = CustomConfig\n"
     )
     (llama / "custom.py").write_text(code)
     edit_config(
