@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import console, table
-from .generate import DTYPES
-from .options import checkpoint_options
+from .options import loading_options
 
 if TYPE_CHECKING:
     import torch
@@ -52,13 +51,7 @@ class Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--load", "with_load", is_flag=True, help="Time loading, beside reading the files to the device.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures.")
 @click.option("--png", "png_path", type=click.Path(path_type=Path), metavar="FILE", help="Draw them (matplotlib).")
-@click.option("--device", help="cpu, cuda:0, ...  [default: the best there is]")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Of activations.  [default: float16; float32 on the CPU]")
-@click.option("--backend", help="A backend by name.  [default: the best that serves each linear]")
-@click.option("--kernel", default="auto", show_default=True, help="A kernel family: gemv, gemm, exllama, ...")
-@click.option("--attn-implementation", help="sdpa, eager, ...")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
-@checkpoint_options
+@loading_options
 def bench(
     model: str | None,
     synthetic: tuple[str, ...],

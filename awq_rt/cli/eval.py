@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from .console import console
-from .generate import DTYPES
-from .options import checkpoint_options
+from .options import DTYPES, checkpoint_options
 
 
 @click.command(name="eval")

@@ -9,9 +9,7 @@ from typing import Any
 
 import click
 
-from .options import checkpoint_options
-
-DTYPES = ("float16", "bfloat16", "float32")
+from .options import loading_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +49,7 @@ class Sampling:
 @click.option("--min-p", type=click.FloatRange(0, 1), help="Sample from tokens this probable beside the best.")
 @click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="Above 1: repeat less.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Sample the same answer again.")
-@click.option("--device", help="cpu, cuda:0, ...  [default: the best there is]")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Of activations.  [default: float16; float32 on the CPU]")
-@click.option("--backend", help="A backend by name.  [default: the best that serves each linear]")
-@click.option("--kernel", default="auto", show_default=True, help="A kernel family: gemv, gemm, exllama, ...")
-@click.option("--attn-implementation", help="sdpa, eager, ...")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings.")
-@checkpoint_options
+@loading_options
 def generate(
     model: str,
     words: str | None,
