@@ -6,7 +6,7 @@ Names say what a module is; whether the parts act together as `description.Layer
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -228,14 +228,6 @@ class Finder:
         if rope.get("rope_type") not in LENGTH_DEPENDENT_ROPE:
             return None
         return int(rope.get("original_max_position_embeddings") or self.config.max_position_embeddings)
-
-
-def layers_of(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The decoder layers of a model with their paths."""
-    base = model.get_decoder()
-    prefix = next(path for path, module in model.named_modules() if module is base)
-    for index, layer in enumerate(base.layers):
-        yield f"{prefix}.layers.{index}", layer
 
 
 def _activation(function: Any, path: str) -> str:

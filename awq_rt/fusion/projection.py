@@ -34,11 +34,6 @@ class Projection:
         return int(self.linears[0].in_features)  # type: ignore[arg-type]
 
     @property
-    def joined(self) -> bool:
-        """Whether this is one product."""
-        return self._product is not None or len(self.linears) == 1
-
-    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of the product; none where there is not one, or its linear is dense."""
         return () if self._product is None else self._product.tensors
