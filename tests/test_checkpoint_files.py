@@ -391,3 +391,15 @@ def test_an_index_from_the_hub_is_checked_before_anything_is_fetched_by_it(
     with pytest.raises(InvalidConfig, match="places evil in"):
         open_checkpoint("owner/model")
     assert hub.fetched == {"config.json", INDEX}
+
+
+def test_an_index_does_not_lead_out_by_a_link(sharded: Path, tmp_path: Path) -> None:
+    shard = next(sharded.glob("model-00001*"))
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InvalidConfig, match=r"model-00001.* is a link to .*elsewhere, outside"):
+        open_checkpoint(sharded)
+    (tmp_path / "elsewhere").rename(sharded / "kept")
+    shard.unlink()
+    shard.symlink_to("kept")
+    open_checkpoint(sharded)

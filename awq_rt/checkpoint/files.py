@@ -121,7 +121,22 @@ def _from_index(root: Path, index_name: str) -> CheckpointFiles:
             f"{root / index_name} names {len(names)} files, of which {len(missing)} are missing: "
             f"{', '.join(missing[:5])}; download them again"
         )
+    for name in names:
+        _check_stays_inside(root, name, index_name)
     return CheckpointFiles(root, root, tuple(root / name for name in names), weight_map)
+
+
+def _check_stays_inside(root: Path, name: str, index_name: str) -> None:
+    """Raise `InvalidConfig` where `name` is a link that leads out of the checkpoint: out of its folder, or in the hub's
+    cache (snapshots/REVISION/name -> blobs/DIGEST) out of its repository.
+    """
+    folder, target = root.resolve(), (root / name).resolve()
+    homes = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    if target.parent not in homes:
+        raise InvalidConfig(
+            f"{root / index_name} names {name}, which is a link to {target}, outside of the checkpoint; "
+            "put the file itself there, or open the folder that holds it"
+        )
 
 
 def _fetch(repository: str, revision: str | None, token: str | None) -> Path:

@@ -44,7 +44,7 @@ def _configuration(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     remote = _auto_map(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, StrictDataclassError) as error:
         if remote and not trust_remote_code:
             raise RemoteCodeRefused(
                 f"{checkpoint.root} needs the Python code that comes with it ({', '.join(remote.values())}); "
@@ -54,9 +54,20 @@ def _configuration(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     for holder in (config, config.get_text_config()):
         if hasattr(holder, "quantization_config"):
             del holder.quantization_config
+        _check_depth(holder, checkpoint)
         if any(name.rpartition(".")[2] == "lm_head" for name in checkpoint.linears):
             holder.tie_word_embeddings = False  # a packed head is a matrix of its own, whatever the original's was
     return config
+
+
+def _check_depth(config: Any, checkpoint: Checkpoint) -> None:
+    """Raise `ModelMismatch` where there are more layers than tensors: building them could take all time and memory."""
+    depth, tensors = getattr(config, "num_hidden_layers", None), len(checkpoint.linears) + len(checkpoint.dense)
+    if isinstance(depth, int) and depth > tensors:
+        raise ModelMismatch(
+            f"{checkpoint.root}/config.json says {depth} layers, but the checkpoint holds {tensors} tensors; "
+            "take config.json from where the weights come from"
+        )
 
 
 def _auto_map(checkpoint: Checkpoint) -> dict[str, str]:
