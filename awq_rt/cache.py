@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import stat
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,29 @@ from typing import Any
 def cache_dir() -> Path:
     """The cache folder; it may not exist yet."""
     if chosen := os.environ.get("AWQ_RT_CACHE"):
-        return Path(chosen)
+        return _unless_shared(Path(chosen))
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if base.startswith("~"):  # a user without a home folder, as in a container with an arbitrary user id
         return _folder_of_this_process()
-    return Path(base) / "awq_rt"
+    return _unless_shared(Path(base) / "awq_rt")
+
+
+@functools.cache
+def _unless_shared(folder: Path) -> Path:
+    """`folder`, or one of this process where everybody may write to it: what is cached is executed."""
+    try:
+        shared = folder.stat().st_mode & stat.S_IWOTH
+    except OSError:
+        return folder  # not there yet, or not to be read: nothing in it will be trusted
+    if not shared or os.name == "nt":
+        return folder
+    warnings.warn(
+        f"{folder} is not used as a cache: every user of this machine may write to it, and what is cached is executed; "
+        f"chmod o-w {folder}, or set AWQ_RT_CACHE to a folder of your own",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return _folder_of_this_process()
 
 
 @functools.cache
