@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from awq_rt.kernels import SOURCES
 from awq_rt_cuda.gemm import KERNELS
 
 PLATFORM = Path(__file__).parent / "emulated"
@@ -28,7 +29,8 @@ class EmulatedKernel:
 
     def _build(self, name: str, defines: Mapping[str, str | int], library: Path) -> None:
         self.folder.mkdir(parents=True)
-        for source in (*KERNELS.glob("*.cu*"), *PLATFORM.iterdir()):  # the platform's files replace the GPU's
+        # The platform's files replace the GPU's.
+        for source in (*SOURCES.glob("*.cu*"), *KERNELS.glob("*.cu*"), *PLATFORM.iterdir()):
             shutil.copy(source, self.folder)
         lines = [f"#define {key} {value}" for key, value in defines.items()]
         lines += [

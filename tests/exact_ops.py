@@ -45,6 +45,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Exact:
     return rounded(y, 48 * FLOAT32 * y.abs(), x.dtype)
 
 
+def dense_linear(x: Tensor, weight: Tensor) -> Exact:
+    """Products of 16-bit floats are exact in float32. A sum of n additions in a row errs by n units of the sum of sizes
+    at most; a kernel has 32 sums side by side at least, and adds those."""
+    wide, w = x.double().cpu(), weight.double().cpu()
+    additions = x.shape[1] / 32 + 37
+    return rounded(wide @ w.T, additions * FLOAT32 * (wide.abs() @ w.abs().T), x.dtype)
+
+
 def gated_activation(gate_up: Tensor, activation: str) -> Exact:
     """exp(z) and erf(z) err by as much as their argument's error is multiplied by: z, or z^2, units of the last place.
     Where exp(-z) exceeds float32 the result is 0; it would have been below 128 of the smallest normal numbers. gelu may

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 pytest.importorskip("awq_rt_cuda", reason="awq-rt-cuda is not installed")
+from awq_rt.packing import Kind, Layout
 from awq_rt.rtc import CompileFailed, Program
 from awq_rt.testing import hurtful_weight
 from awq_rt.testing.conformance import spec_of
 from awq_rt_cuda import backend, dequantize, exllama, gemm, nvrtc, selection
-from awq_rt_cuda.gemm import Kind
 from awq_rt_cuda.selection import Target
 
 KIB = 1024
@@ -66,18 +66,10 @@ def test_exllama_compiles_without_a_spill(name: str) -> None:
     target = TARGETS[name]
     kinds = [(torch.float16, 128), (torch.bfloat16, 64)] if name == "H100" else [(torch.float16, 128)]
     for dtype, group_size in kinds:
-        layouts = (exllama.Layout(4096, n, group_size, dtype, dtype, None) for n in (4096, 22016))
+        layouts = (Layout(exllama.PREFIX, 4096, n, group_size, dtype, dtype, None, "exllama") for n in (4096, 22016))
         found = (exllama.programs(layout, target.multiprocessors, f"sm_{target.arch}") for layout in layouts)
         spills = {str(program): spilled(program) for programs in found for program in set(programs)}
         assert not any(spills.values()), spills
-
-
-def test_exllamas_kernels_name_nothing_of_a_platform() -> None:
-    """Another vendor's compiler reads the same text, beside a platform.cuh of its own."""
-    for name in ("exllama.cuh", "exllama.cu", "exllama_dequantize.cu"):
-        text = (gemm.KERNELS / name).read_text()
-        assert re.findall(r'#\s*include\s+[<"](.*)[>"]', text) in (["platform.cuh"], ["exllama.cuh"])
-        assert not re.search(r"asm|mma|__syncwarp|_sync\(|__CUDA|__HIP|__nv|half2\b(?<!_half2)", text), name
 
 
 @pytest.mark.parametrize("name", TARGETS)

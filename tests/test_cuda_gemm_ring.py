@@ -7,8 +7,8 @@ import re
 import pytest
 
 pytest.importorskip("awq_rt_cuda", reason="awq-rt-cuda is not installed")
+from awq_rt.packing import Kind
 from awq_rt_cuda import nvrtc, selection_ring
-from awq_rt_cuda.gemm import Kind
 from awq_rt_cuda.ring import Ring
 from awq_rt_cuda.target import Target
 

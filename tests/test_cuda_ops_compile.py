@@ -10,7 +10,7 @@ pytest.importorskip("awq_rt_cuda", reason="awq-rt-cuda is not installed")
 from awq_rt.ops import AttentionSpec
 from awq_rt.rtc import Program
 from awq_rt_cuda import nvrtc
-from awq_rt_cuda.fused import attention, gated, norm, rope
+from awq_rt_cuda.fused import attention, gated, greedy, logits, norm, rope
 from awq_rt_cuda.fused.heads import HEAD_DIMS, serves_spec
 from awq_rt_cuda.fused.launch import program
 from awq_rt_cuda.selection import Target
@@ -53,6 +53,8 @@ def test_usual_shapes_compile_everywhere(name: str) -> None:
         program("fused_rope", arch, rope.defines(LLAMA_3, 1)),
         program("fused_norm", arch, norm.defines(4096, 1, 1)),
         program("fused_gated", arch, gated.defines(11008, 0, "silu")),
+        *logits.programs(4096, 1, arch),
+        program("fused_argmax", arch, greedy.defines(0, greedy.parts_of(target))),
     ]
     assert {str(p): s for p in programs if (s := spilled(p))} == {}
 
@@ -63,6 +65,12 @@ def test_other_models_compile(name: str, target: str) -> None:
     spec, arch = OTHERS[name], f"sm_{TARGETS[target].arch}"
     programs = attention.programs(spec, 1, name == "falcon", TARGETS[target], arch)
     programs.append(program("fused_rope", arch, rope.defines(spec, 1)))
+    assert {str(p): s for p in programs if (s := spilled(p))} == {}
+
+
+def test_logits_of_every_width_compile() -> None:
+    programs = [program for hidden in (8, 896, 3584, 8192, 16384) for program in logits.programs(hidden, 0, "sm_90")]
+    assert len(programs) == 3 + 3 + 3 + 2 + 1
     assert {str(p): s for p in programs if (s := spilled(p))} == {}
 
 

@@ -15,7 +15,7 @@ import emulation
 from emulation import EmulatedKernel, addresses
 
 from awq_rt.ops import AttentionSpec
-from awq_rt_cuda.fused import attention, gated, norm, rope
+from awq_rt_cuda.fused import attention, gated, greedy, logits, norm, rope
 from awq_rt_cuda.fused.launch import bits
 
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="there is no g++ to compile the kernels with")
@@ -46,6 +46,36 @@ def test_norms(folder: Path, dtype: torch.dtype, add: int) -> None:
     assert not add or torch.equal(residual, summed)
 
 
+@pytest.mark.parametrize(("dtype", "rows", "depth"), [(torch.float16, 1, 1288), (torch.bfloat16, 3, 512)])
+def test_a_dense_linear(folder: Path, dtype: torch.dtype, rows: int, depth: int) -> None:
+    """Two blocks, of which waves take a second and a third turn; depths that are and are no whole steps."""
+    columns, step = 350, next(step for step in logits.ROW_STEPS if step >= rows)
+    kernel = EmulatedKernel("fused_logits", logits.defines(depth, int(dtype == torch.float16), step), folder)
+    x, weight = normal(rows, depth, dtype=dtype), normal(columns, depth, dtype=dtype)
+    y = torch.full((rows, columns), torch.nan, dtype=dtype)
+    kernel.launch((2, 1, 1), logits.THREADS, *addresses((x, weight, y)), rows, columns)
+    exact = exact_ops.dense_linear(x, weight)
+    assert exact.excess(y) <= 1
+    weight[-1, -1] += 0.5  # of one column; the last element of its sum
+    assert exact_ops.dense_linear(x, weight).excess(y) > 1
+
+
+@pytest.mark.parametrize(("dtype", "parts"), [(torch.float16, 1), (torch.bfloat16, 2)])
+def test_argmax(folder: Path, dtype: torch.dtype, parts: int) -> None:
+    kernel = EmulatedKernel("fused_argmax", greedy.defines(int(dtype == torch.float16), parts), folder)
+    logits = (normal(6, 41000) * 3).to(dtype)  # many equal ones
+    logits[0], logits[1] = -torch.inf, -logits[1].abs() - 1
+    logits[2], logits[2, 100] = -1.0, -0.0
+    logits[2, 40999] = 0.0
+    logits[3, 40003] = torch.nan
+    logits[4, 7], logits[4, 8195] = torch.inf, torch.inf
+    logits[5, 777] = -torch.nan
+    y = torch.zeros(6, dtype=torch.int64)
+    kernel.launch((6 * parts, 1, 1), greedy.THREADS, *addresses((logits, y)), 41000, cluster=parts)
+    assert y.tolist() == logits.float().argmax(-1).tolist()
+    assert y[2] == 100
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_gated_activations(folder: Path, activation: str) -> None:
     rows, width = 3, 264
@@ -68,7 +98,7 @@ def test_rope_append(folder: Path, name: str) -> None:
     made = layer(spec, [4, 0], 20, dtype)
     caches = made.k_cache, made.v_cache
     qkv = normal(2, count, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, dtype=dtype)
-    q = torch.zeros(2, spec.heads, count, spec.head_dim, dtype=dtype)
+    q = torch.zeros(2, count, spec.heads, spec.head_dim, dtype=dtype)
     t = made.tensors
     kernel.launch(
         (count, 2, 1),
@@ -81,7 +111,7 @@ def test_rope_append(folder: Path, name: str) -> None:
     positions = made.positions[:, None] + torch.arange(count)
     raw = heads_of(qkv, spec)
     stored = [torch.stack([cache[row, :, positions[row].long()] for row in range(2)]) for cache in caches]
-    for found, given, weight in ((q, raw[0], t.q_norm), (stored[0], raw[1], t.k_norm)):
+    for found, given, weight in ((q.transpose(1, 2), raw[0], t.q_norm), (stored[0], raw[1], t.k_norm)):
         exact = placed(given, positions, spec, t, weight)
         assert bool(((found.double() - exact.value).abs() <= exact.limit).all())
     assert torch.equal(stored[1], raw[2])

@@ -11,7 +11,7 @@ from awq_rt.testing import hurtful_cases, hurtful_weight
 from awq_rt.testing.conformance import spec_of
 
 packing = pytest.importorskip("awq_rt_cuda.packing", reason="awq-rt-cuda is not installed")
-exllama_packing = pytest.importorskip("awq_rt_cuda.exllama_packing")
+exllama_packing = pytest.importorskip("awq_rt.packing.exllama")
 backend = pytest.importorskip("awq_rt_cuda").backend
 
 CPU = torch.device("cpu")

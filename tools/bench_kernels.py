@@ -1,12 +1,15 @@
 """Time the CUDA kernels beside cuBLAS and torch's int4 operator; needs an NVIDIA GPU.
 
     python tools/bench_kernels.py --json benchmarks/kernels-h100.json
+    python tools/tabulate_kernels.py benchmarks/kernels-h100.json
     python tools/plot_kernels.py benchmarks/kernels-h100.json
 
 Each figure is the median of CUDA-graph replays over copies of the weight that together exceed the L2 cache several
 times, so weights come from device memory. A result is checked against float64 before it is timed. The floor of a shape
-is the bare cost of a kernel plus its packed bytes over the read bandwidth, which is measured in the same run. Group
-sizes after the first are timed for `auto` alone.
+is the bare cost of a kernel plus its packed bytes over the read bandwidth, which is measured in the same run.
+
+The shapes of `--models` are timed in full with the first group size; `--sampled-models`, and the other group sizes, at
+`--sampled-rows` and beside cuBLAS alone. The file is written after every row; `--resume` goes on where a run ended.
 """
 
 from __future__ import annotations
@@ -20,21 +23,25 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from awq_rt.backend import Packed
-from awq_rt.rtc import Program
+from awq_rt.ops import AttentionSpec
+from awq_rt.packing import Layout
+from awq_rt.rtc import Builder, KernelStore, Program
 from awq_rt.testing import excess
 from awq_rt.testing.conformance import spec_of
 from awq_rt.weights import AwqWeight
-from awq_rt_cuda import backend, driver, exllama, tiled
+from awq_rt_cuda import backend, driver, exllama, fused, nvrtc, tiled
 from awq_rt_cuda.driver import Kernel, Shape
+from awq_rt_cuda.nvrtc import Nvrtc
 
 SHAPES = {
     "7b": ((4096, 4096), (4096, 12288), (4096, 22016), (11008, 4096)),
@@ -42,7 +49,15 @@ SHAPES = {
     "70b": ((8192, 8192), (8192, 10240), (28672, 8192)),
     "qwen7b": ((3584, 4608), (18944, 3584)),
 }
+ATTENTION = AttentionSpec(32, 32, 128, 128**-0.5, 128)
+"""Of Llama 2 7B."""
+
 ROWS = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64, 96, 128, 300, 512, 1000, 2048, 8192)
+ROWS_BESIDE_OTHERS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
+SAMPLED_ROWS = (1, 4, 16, 64, 128, 512, 2048)
+FEW_ROWS = 128
+"""Up to here plain launches are timed too, for with more rows a kernel's start does not matter; and torch's int4
+operator, which takes a thousand times as long as any other beyond it."""
 ROTATED_BYTES = 220e6
 LAUNCH_US = 1.65
 """The floor's constant: a kernel that reads nothing, in a chain of a graph. NVIDIA H100 80GB HBM3, 2026-11-22."""
@@ -52,6 +67,9 @@ extern "C" __global__ void __launch_bounds__(1024, 2) read_all(
     const uint4* p,          // [count] device memory to read
     unsigned int* out,       // [1] never written; it keeps the reads
     unsigned long long count) {
+#if EARLY
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
     unsigned int seen = 0;
     unsigned long long step = (unsigned long long)gridDim.x * 1024;
     for (unsigned long long i = (unsigned long long)blockIdx.x * 1024 + threadIdx.x; i < count; i += step * 4)
@@ -61,107 +79,150 @@ extern "C" __global__ void __launch_bounds__(1024, 2) read_all(
                 uint4 v = __ldg(p + i + j * step);
                 seen |= v.x ^ v.y ^ v.z ^ v.w;
             }
+#if EARLY
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
     if (seen == 0x12345678u && count == 1) *out = seen;
 }
 """
+"""What only reads. EARLY: with programmatic dependent launch, all of it before the kernel ahead has ended."""
 
 
 def main() -> int:
     """Measure, print the tables, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=["7b", "8b"], choices=sorted(SHAPES))
+    parser.add_argument("--sampled-models", nargs="*", default=["70b", "qwen7b"], choices=sorted(SHAPES))
     parser.add_argument("--rows", nargs="*", type=int, default=list(ROWS))
+    parser.add_argument("--sampled-rows", nargs="*", type=int, default=list(SAMPLED_ROWS))
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     parser.add_argument("--group-sizes", nargs="*", type=int, default=[128, 64, 32])
     parser.add_argument("--commit", default=commit(), help="of the measured tree, where git cannot say it")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --json has of this commit and GPU")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no NVIDIA GPU that torch can use; nothing measured", file=sys.stderr)
         return 1
     torch.manual_seed(0)
-    read_tbps = read_bandwidth()
-    print(f"{torch.cuda.get_device_name()}: reads {read_tbps:.3f} TB/s; the floor is {LAUNCH_US} us + bytes / that")
-    grid = Grid(options.group_sizes, options.rows, getattr(torch, options.dtype), read_tbps)
-    rows: list[Row] = []
-    for k, n in [shape for model in options.models for shape in SHAPES[model]]:
-        rows += grid.rows_of(k, n)
-        save(options, read_tbps, rows, {})
+    record = begun(options)
+    print(f"{record.device}, commit {record.commit}: reads {record.read_tbps:.3f} TB/s", flush=True)
+    print(f"the floor is {LAUNCH_US} us + packed bytes / that", flush=True)
+    dtype = getattr(torch, options.dtype)
+    record.compiling = record.compiling or compile_times(options.group_sizes[0], dtype)
+    print(f"all that a 7B model needs, compiled and read from the cache: {record.compiling}", flush=True)
+    for model in options.models:
+        record.chains.setdefault(model, measured_chain(SHAPES[model], options.group_sizes[0], dtype))
+        print(f"one row through the linears of a layer of {model}: {record.chains[model]}", flush=True)
+    record.save(options.json)
+    for part in parts(options):
+        for row in part.measured(dtype, record):
+            print(line(row), flush=True)
+            record.rows.append(row)
+            record.save(options.json)
     for group_size in options.group_sizes:
-        print_summary(group_size, [row for row in rows if row["group_size"] == group_size])
-    chain = {model: chain_us(SHAPES[model], options.group_sizes[0]) for model in options.models}
-    for model, us in chain.items():
-        print(f"chain of the linears of {model} at M=1, each kernel started early: {us:.1f} us")
-    save(options, read_tbps, rows, chain)
+        print_summary(group_size, [row for row in record.rows if row["group_size"] == group_size])
     return 0
-
-
-def save(options: argparse.Namespace, read_tbps: float, rows: list[Row], chain: dict[str, float]) -> None:
-    """Write the record, also of a grid that is not complete yet."""
-    if options.json is None:
-        return
-    record = {
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": options.commit,
-        "command": "python tools/bench_kernels.py " + " ".join(sys.argv[1:]),
-        "torch": torch.__version__,
-        "read_tbps": round(read_tbps, 4),
-        "chain_us": {model: round(us, 2) for model, us in chain.items()},
-        "rows": rows,
-    }
-    options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 Row = dict[str, object]
 """One line of the grid, as the file has it."""
 
 
-@dataclass(frozen=True)
-class Grid:
-    """What is measured for every shape. The first group size is timed beside all others that do the same."""
+@dataclass
+class Record:
+    """What the file holds."""
 
-    group_sizes: list[int]
-    row_counts: list[int]
-    dtype: torch.dtype
+    device: str
+    date: str
+    commit: str
+    command: str
+    torch: str
     read_tbps: float
+    chains: dict[str, dict[str, float]]
+    compiling: dict[str, float]
+    rows: list[Row]
 
-    def rows_of(self, k: int, n: int) -> Iterator[Row]:
-        """A record for each group size and number of rows of one shape."""
+    def save(self, path: Path | None) -> None:
+        """Write the file, also of a grid that is not complete yet; a reader never sees half of it."""
+        if path is not None:
+            beside = path.with_suffix(".part")
+            beside.write_text(json.dumps(asdict(self), indent=1) + "\n")
+            beside.replace(path)
+
+    def has(self, k: int, n: int, group_size: int, m: int, dtype: torch.dtype) -> bool:
+        wanted = {"k": k, "n": n, "group_size": group_size, "m": m, "dtype": str(dtype)[6:]}
+        return any(wanted.items() <= row.items() for row in self.rows)
+
+
+def begun(options: argparse.Namespace) -> Record:
+    """A new record, or the one to go on with."""
+    device = torch.cuda.get_device_name()
+    if options.resume and options.json is not None and options.json.exists():
+        record = Record(**json.loads(options.json.read_text()))
+        if (record.device, record.commit, record.torch) != (device, options.commit, torch.__version__):
+            raise SystemExit(
+                f"{options.json} is of commit {record.commit} on {record.device} with torch {record.torch}, this run "
+                f"of commit {options.commit} on {device} with torch {torch.__version__}: leave --resume out"
+            )
+        return record
+    date = datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d")
+    command = "python tools/bench_kernels.py " + " ".join(sys.argv[1:])
+    return Record(device, date, options.commit, command, torch.__version__, round(read_bandwidth(), 4), {}, {}, [])
+
+
+def parts(options: argparse.Namespace) -> Iterator[Part]:
+    """The grid, the most wanted first."""
+    complete = [shape for model in options.models for shape in SHAPES[model]]
+    sampled = [shape for model in options.sampled_models for shape in SHAPES[model]]
+    first, *others = options.group_sizes
+    for shape in complete:
+        yield Part(*shape, first, tuple(options.rows), beside_others=True)
+    for shape in sampled:
+        yield Part(*shape, first, tuple(options.sampled_rows))
+    for group_size in others:
+        for shape in complete:
+            yield Part(*shape, group_size, tuple(options.sampled_rows))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured of one weight."""
+
+    k: int
+    n: int
+    group_size: int
+    row_counts: tuple[int, ...]
+    beside_others: bool = False  # plain launches, the exllama family and torch's int4 operator too
+
+    def measured(self, dtype: torch.dtype, record: Record) -> Iterator[Row]:
+        """A row for each number of rows of x that `record` does not have."""
+        wanted = [m for m in self.row_counts if not record.has(self.k, self.n, self.group_size, m, dtype)]
+        if not wanted:
+            return
         device = torch.device("cuda", torch.cuda.current_device())
-        cublas_us = self._cublas_us(k, n, device)
-        for group_size in self.group_sizes:
-            weight = random_weight(k, n, group_size, self.dtype, device)
-            ours = Rotated.of(weight, self.dtype, "auto")
-            others = group_size == self.group_sizes[0]
-            shuffled = Rotated.of(weight, self.dtype, exllama.PREFIX) if others else None
-            int4 = torch_int4(weight) if others else None
-            for m in self.row_counts:
-                x = torch.randn(m, k, device=device, dtype=self.dtype)
-                row: Row = {"k": k, "n": n, "group_size": group_size, "m": m, "dtype": str(self.dtype)[6:]}
-                errors = [ours.error(x, weight)]
-                row["us"] = round(ours.us(x), 3)
-                row["floor_us"] = round(LAUNCH_US + packed_bytes(weight) / self.read_tbps / 1e6, 3)
-                row["cublas_us"] = round(cublas_us[m], 3)
-                if shuffled is not None:
-                    with plain_launches():
-                        row["plain_us"] = round(ours.us(x), 3)
-                    errors.append(shuffled.error(x, weight))
-                    row["exllama_us"] = round(shuffled.us(x), 3)
-                if int4 is not None and m <= MOST_ROWS_OF_INT4:
-                    row["torch_int4_us"] = round(graph_us(functools.partial(int4, x), INT4_COPIES), 3)
-                row["error_over_bound"] = round(max(errors), 3)
-                row["variant"] = ours.variant(m)
-                print(line(row), flush=True)
-                yield row
-
-    def _cublas_us(self, k: int, n: int, device: torch.device) -> dict[int, float]:
-        dense = rotated([torch.randn(n, k, device=device, dtype=self.dtype)], 2 * k * n, Tensor.clone)
-        found = {}
-        for m in self.row_counts:
-            x = torch.randn(m, k, device=device, dtype=self.dtype)
-            found[m] = graph_us(functools.partial(lambda x, i: x @ dense[i].T, x), len(dense))
-        return found
+        weight = random_weight(self.k, self.n, self.group_size, dtype, device)
+        floor_us = round(LAUNCH_US + packed_bytes(weight) / record.read_tbps / 1e6, 3)
+        dense = rotated([torch.randn(self.n, self.k, device=device, dtype=dtype)], 2 * self.k * self.n, Tensor.clone)
+        ours = Rotated.of(weight, dtype, "auto")
+        shuffled = Rotated.of(weight, dtype, exllama.PREFIX) if self.beside_others else None
+        int4 = torch_int4(weight) if self.beside_others else None
+        for m in wanted:
+            x = torch.randn(m, self.k, device=device, dtype=dtype)
+            row: Row = {"k": self.k, "n": self.n, "group_size": self.group_size, "m": m, "dtype": str(dtype)[6:]}
+            errors = [ours.error(x, weight)]
+            row |= {"us": round(ours.us(x), 3), "floor_us": floor_us}
+            row["cublas_us"] = round(graph_us(functools.partial(lambda x, i: x @ dense[i].T, x), len(dense)), 3)
+            if self.beside_others and m <= FEW_ROWS:
+                with plain_launches():
+                    row["plain_us"] = round(ours.us(x), 3)
+            if shuffled is not None and m in ROWS_BESIDE_OTHERS:
+                errors.append(shuffled.error(x, weight))
+                row["exllama_us"] = round(shuffled.us(x), 3)
+            if int4 is not None and m in ROWS_BESIDE_OTHERS and m <= FEW_ROWS:
+                row["torch_int4_us"] = round(graph_us(functools.partial(int4, x), INT4_COPIES), 3)
+            row |= {"error_over_bound": round(max(errors), 3), "variant": ours.variant(m)}
+            yield row
 
 
 @dataclass(frozen=True)
@@ -189,7 +250,7 @@ class Rotated:
     def variant(self, m: int) -> str:
         """What serves `m` rows in `auto`."""
         plan = tiled.plan(self.copies[0].layout, torch.cuda.current_device())
-        return "dequantize + cuBLAS" if m >= plan._dequantize_from else str(plan.variant(plan._step(m)))
+        return "dequantize + cuBLAS" if plan.by_blas(m) else str(plan.variant(plan.step(m)))
 
 
 def line(row: Row) -> str:
@@ -227,8 +288,6 @@ def rotated(first: list, size: int, copy: Callable) -> list:  # type: ignore[typ
 
 
 INT4_COPIES = 8
-MOST_ROWS_OF_INT4 = 128
-"""It is for few; with many it takes a thousand times as long as any other."""
 
 
 def torch_int4(weight: AwqWeight) -> Callable[[Tensor, int], Tensor] | None:
@@ -296,36 +355,65 @@ class plain_launches:  # noqa: N801  # used as a statement's verb
             cached.cache_clear()
 
 
-def chain_us(shapes: tuple[tuple[int, int], ...], group_size: int) -> float:
-    """One row through each of `shapes`, one after the other, per round; several rounds with weights of their own."""
+def measured_chain(shapes: tuple[tuple[int, int], ...], group_size: int, dtype: torch.dtype) -> dict[str, float]:
+    """us of one row through each of `shapes`, one after the other, and of kernels that only read as many bytes.
+
+    Each kernel starts early; every round has weights of its own.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
-    linears = []
+    rounds: list[tuple[Tensor, Packed, int]] = []
     size = 0
     while size < ROTATED_BYTES:
         for k, n in shapes:
-            weight = random_weight(k, n, group_size, torch.float16, device)
-            linears.append(
-                (torch.randn(1, k, device=device).half(), backend.pack(weight, spec_of(weight, torch.float16), device))
-            )
-            size += k * n // 2
-    us = graph_us(lambda i: backend.linear(*linears[i]), len(linears))
-    return us * len(shapes)
+            weight = random_weight(k, n, group_size, dtype, device)
+            packed = backend.pack(weight, spec_of(weight, dtype), device)
+            rounds.append((torch.randn(1, k, device=device, dtype=dtype), packed, packed_bytes(weight)))
+            size += rounds[-1][2]
+    us = graph_us(lambda i: backend.linear(*rounds[i][:2]), len(rounds)) * len(shapes)
+    data = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    starts = [sum(taken for *_, taken in rounds[:i]) for i in range(len(rounds))]
+    read = reader(early=True)
+    read_us = graph_us(lambda i: read(data[starts[i] :], rounds[i][2]), len(rounds)) * len(shapes)
+    return {"us": round(us, 2), "read_us": round(read_us, 2)}
+
+
+def compile_times(group_size: int, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds to compile all that a Llama 2 7B needs into an empty cache, and to read it from there."""
+    index = torch.cuda.current_device()
+    programs = fused.programs(dtype, index, [4096], [(11008, "silu")], [(ATTENTION, False)])
+    for k, n in SHAPES["7b"]:
+        layout = Layout(tiled.PREFIX, k, n, group_size, dtype, dtype, None, "auto")
+        programs += tiled.plan(str(layout), index).programs()
+    programs = list(dict.fromkeys(programs))
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("first_s", "cached_s"):
+            begin = time.perf_counter()
+            Builder(Nvrtc(), KernelStore(Path(folder))).machine_codes(programs)
+            seconds[name] = round(time.perf_counter() - begin, 3)
+    return {"programs": len(programs), "cores": os.cpu_count() or 0, **seconds}
 
 
 def read_bandwidth() -> float:
     """TB/s of a kernel that only reads 4 GB."""
     data = torch.randint(0, 255, (1 << 32,), dtype=torch.uint8, device="cuda")
+    read = reader(early=False)
+    return data.numel() / graph_us(lambda _: read(data, data.numel()), 1) / 1e6
+
+
+def reader(*, early: bool) -> Callable[[Tensor, int], None]:
+    """Reads so many bytes of a tensor, which are made a multiple of 16."""
     index = torch.cuda.current_device()
-    arch = f"sm_{tiled.target_of(index).arch}"
-    program = Program((("read.cu", READ),), (), arch)
+    arch = nvrtc.target(f"sm_{tiled.target_of(index).arch}")
+    program = Program((("read.cu", READ),), (("EARLY", str(int(early))),), arch)
     kernel = Kernel(tiled.builder().machine_code(program), "read_all", index, 3)
-    kernel.overlap = False
+    kernel.overlap = early and kernel.overlap
     shape = Shape((2 * tiled.target_of(index).multiprocessors, 1, 1), 1024)
 
-    def run(_: int) -> None:
-        kernel.launch(shape, driver.current_stream(index), data.data_ptr(), data.data_ptr(), data.numel() // 16)
+    def read(data: Tensor, size: int) -> None:
+        kernel.launch(shape, driver.current_stream(index), data.data_ptr() // 16 * 16, data.data_ptr(), size // 16)
 
-    return data.numel() / graph_us(run, 1) / 1e6
+    return read
 
 
 def print_summary(group_size: int, rows: list[Row]) -> None:

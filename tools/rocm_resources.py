@@ -27,8 +27,9 @@ from amdsim import Program as Simulated
 from amdsim.disassembly import disassemble
 from amdsim.toolchain import Clang, compilers
 from awq_rt_rocm import kernel, packing, selection, targets
-from awq_rt_rocm.kernel import Kind, Variant
+from awq_rt_rocm.kernel import Variant
 
+from awq_rt.packing import Kind
 from awq_rt.rtc import Program
 from awq_rt.testing import excess, hurtful_weight
 
@@ -92,7 +93,7 @@ def variants(kind: Kind, target: str) -> list[Variant]:
     """Every variant that selection may choose for `kind` on `target`."""
     architecture = targets.architecture(target)
     assert architecture is not None
-    unit = selection.matrix_unit(kind, architecture)
+    unit = selection.matrix_unit(kind, "auto", architecture)
     steps = selection.GEMV_STEPS + (selection.GEMM_STEPS if unit else ())
     return [selection.variant(rows, TILES, unit) for rows in steps]
 
@@ -101,7 +102,7 @@ def decoding_variant(kind: Kind, target: str) -> Variant:
     """The variant that one row of x gets."""
     architecture = targets.architecture(target)
     assert architecture is not None
-    unit = selection.matrix_unit(kind, architecture)
+    unit = selection.matrix_unit(kind, "auto", architecture)
     return selection.variant(selection.step(1, "auto", unit), TILES, unit)
 
 

@@ -44,23 +44,32 @@ class Program:
         return " ".join([self.name, self.arch, *(f"{name}={value}" for name, value in self.defines)])
 
     @staticmethod
-    def from_file(path: Path, arch: str, defines: Mapping[str, str | int], options: tuple[str, ...] = ()) -> Program:
-        """The program whose main file is `path`. Its includes in quotes are looked for in the same folder."""
+    def from_file(
+        path: Path,
+        arch: str,
+        defines: Mapping[str, str | int],
+        options: tuple[str, ...] = (),
+        folders: tuple[Path, ...] = (),
+    ) -> Program:
+        """The program whose main file is `path`. Includes in quotes are looked for in its folder, then in `folders`."""
         ordered = tuple(sorted((name, str(value)) for name, value in defines.items()))
-        return Program(source_closure(path), ordered, arch, options)
+        return Program(source_closure(path, folders), ordered, arch, options)
 
 
 @functools.cache
-def source_closure(path: Path) -> tuple[tuple[str, str], ...]:
+def source_closure(path: Path, folders: tuple[Path, ...] = ()) -> tuple[tuple[str, str], ...]:
     """(name, text) of `path` and of every file it includes in quotes, each once, in the order of first mention.
 
-    Raises FileNotFoundError when an included file is missing.
+    An included file is the first of its name in the folder of `path` and in `folders`. Raises FileNotFoundError when
+    there is none.
     """
+    searched = (path.parent, *folders)
     found: dict[str, str] = {}
     waiting = [path.name]
     while waiting:
         name = waiting.pop(0)
         if name not in found:
-            found[name] = (path.parent / name).read_text()
+            file = next((folder / name for folder in searched if (folder / name).exists()), path.parent / name)
+            found[name] = file.read_text()
             waiting += INCLUDE.findall(found[name])
     return tuple(found.items())

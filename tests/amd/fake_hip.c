@@ -22,5 +22,11 @@ int hipModuleLaunchKernel(
     CALL("hipModuleLaunchKernel", P(function), grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes, P(stream),
          P(parameters), P(extra));
 }
+int hipStreamBeginCapture(void* stream, int mode) { CALL("hipStreamBeginCapture", P(stream), mode); }
+int hipStreamEndCapture(void* stream, void** graph) { CALL("hipStreamEndCapture", P(stream), P(graph)); }
+int hipGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long flags) {
+    CALL("hipGraphInstantiateWithFlags", P(executable), P(graph), flags);
+}
+int hipGraphLaunch(void* executable, void* stream) { CALL("hipGraphLaunch", P(executable), P(stream)); }
 const char* hipGetErrorString(int status) { return status ? "the fake was told to fail" : "no error"; }
 const char* hipGetErrorName(int status) { return status ? "hipErrorFake" : "hipSuccess"; }

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import awq_rt_rocm
 import fake_hip
 import pytest
 import torch
 from amdsim import TARGETS
 from amdsim.toolchain import Clang
-from awq_rt_rocm import RocmBackend, driver, targets, tiled
+from awq_rt_rocm import RocmBackend, driver, targets
+from awq_rt_rocm import device as gpu
+from awq_rt_rocm.launcher import HipLauncher
 from torch import Tensor
 
 from awq_rt.backend import Packed
@@ -30,6 +31,7 @@ class Machine:
 
     hip: fake_hip.Device
     index: int = 0
+    compute_units: int = 8
 
     @property
     def device(self) -> Device:
@@ -75,9 +77,10 @@ def machine(clang: Clang, folder: Path) -> Iterator[Machine]:
         patch.setenv("ROCM_PATH", str(folder))
         patch.setattr(driver, "entered", lambda index: contextlib.nullcontext())
         patch.setattr(driver, "current_stream", lambda index: fake_hip.STREAM)
-        patch.setattr(tiled, "current_stream", lambda index: fake_hip.STREAM)
-        patch.setattr(tiled, "builder", lambda: builder)
-        patch.setattr(tiled, "architecture_of", architecture)
-        patch.setattr(awq_rt_rocm, "_index", lambda device: here.index)
+        patch.setattr(gpu, "builder", lambda: builder)
+        patch.setattr(gpu, "architecture_of", architecture)
+        patch.setattr(gpu, "compute_units", lambda index: here.compute_units)
+        patch.setattr(gpu, "index_of", lambda device: here.index)
+        patch.setattr(HipLauncher, "device_index", lambda self, x: here.index)
         yield here
     assert torch.get_default_device().type == "cpu"

@@ -220,6 +220,52 @@ def test_pairs_of_float16(clang: Clang, arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", TARGETS)
+def test_pairs_of_float32_from_two_registers(clang: Clang, arch: str) -> None:
+    """One move for two words of different sources, where there is one (CDNA)."""
+    text = """
+    typedef float floats2 __attribute__((ext_vector_type(2)));
+    extern "C" __global__ void __launch_bounds__(64) k(const floats2* x, floats2* y) {
+        const floats2 a = x[thread_index()] * 3.0f, b = x[64 + thread_index()] * 5.0f;
+        y[thread_index()] = __builtin_shufflevector(a, b, 1, 2) + __builtin_shufflevector(b, a, 0, 3);
+    }"""
+    lanes = TARGETS[arch].wave_size
+    x = np.random.default_rng(SEED).integers(0, 99, (2, 64, 2)).astype(np.float32)
+    y = np.zeros((lanes, 2), np.float32)
+    counts = kernel(clang, text, arch).launch([In(x), Out(y)], (1, 1, 1), lanes)
+    a, b = x[0, :lanes] * 3, x[1, :lanes] * 5
+    assert lanes == 32 or any("pk_mov" in name for name in counts.instructions)
+    assert np.array_equal(y, np.stack((a[:, 1] + b[:, 0], b[:, 0] + a[:, 1]), 1))
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_scalar_float_arithmetic(clang: Clang, arch: str) -> None:
+    """In scalar registers on RDNA4, in vector registers elsewhere."""
+    text = """
+    extern "C" __global__ void __launch_bounds__(64) k(float* y, float a, float b, float c) {
+        const float sum = __builtin_fmaf(a, b, c);
+        y[thread_index()] = __builtin_fmaxf(sum, a - b) * __builtin_fminf(c, a) + (a * b - c);
+    }"""
+    lanes = TARGETS[arch].wave_size
+    a, b, c = np.float32(1.25), np.float32(-3.5), np.float32(0.75)
+    y = np.zeros(lanes, np.float32)
+    bits = [int(value.view(np.uint32)) for value in (a, b, c)]
+    kernel(clang, text, arch).launch([Out(y), *bits], (1, 1, 1), lanes)
+    assert y.tolist() == [float(max(a * b + c, a - b) * min(c, a) + (a * b - c))] * lanes
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_the_dispatch_packet_says_how_large_the_launch_is(clang: Clang, arch: str) -> None:
+    text = """
+    extern "C" __global__ void __launch_bounds__(128) k(u32* y) {
+        const Index size = grid_size(128);
+        if (thread_index() == 0) y[(block_z() * size.y + block_y()) * size.x + block_x()] = size.x << 16 | size.y;
+    }"""
+    y = np.zeros((2, 3, 5), np.uint32)
+    kernel(clang, text, arch).launch([Out(y)], (5, 3, 2), 128)
+    assert (y == (5 << 16 | 3)).all()
+
+
+@pytest.mark.parametrize("arch", TARGETS)
 def test_workgroups_know_where_they_are(clang: Clang, arch: str) -> None:
     text = """
     extern "C" __global__ void __launch_bounds__(64) k(u32* y) {

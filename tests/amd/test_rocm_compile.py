@@ -8,8 +8,8 @@ from amdsim.toolchain import Clang, compilers
 
 pytest.importorskip("awq_rt_rocm", reason="awq-rt-rocm is not installed")
 import rocm_resources
-from awq_rt_rocm.kernel import Kind
 
+from awq_rt.packing import Kind
 from awq_rt.rtc import Program
 
 VGPRS = 256

@@ -44,7 +44,7 @@ def sampled_at_all(family: str, dtype: str, index: int) -> bool:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("family", ["auto", "gemv", "gemm"])
+@pytest.mark.parametrize("family", ["auto", "gemv", "gemm", "exllama"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_conformance(machine: Machine, arch: str, family: str, dtype: str) -> None:
     machine.index = ARCHITECTURES.index(arch)

@@ -15,12 +15,13 @@ from amdsim.toolchain import Clang
 pytest.importorskip("awq_rt_rocm", reason="awq-rt-rocm is not installed")
 import fake_hip
 import simulated
-from awq_rt_rocm import backend, driver, hiprtc, kernel, libraries, requirements, selection, targets, tiled
+from awq_rt_rocm import backend, driver, hiprtc, libraries, requirements, selection, targets, tiled
 from simulated import Machine, SimulatedBackend
 
 from awq_rt import devices
 from awq_rt.backend import LinearSpec
 from awq_rt.devices import Device, Probe
+from awq_rt.packing import Kind
 from awq_rt.rtc import CompileFailed, Program
 from awq_rt.testing import hurtful_cases, hurtful_weight
 from awq_rt.testing.conformance import spec_of
@@ -77,7 +78,7 @@ def test_codes_lie_where_the_kernels_look_for_them() -> None:
     [
         (LinearSpec(64, 64, 64, torch.float32), MI300X, "AWQ-ROCM-012"),
         (LinearSpec(60, 64, 20, torch.float16, kernel="gemv"), MI300X, "AWQ-ROCM-013"),
-        (LinearSpec(64, 64, 16, torch.float16, kernel="gemm"), MI300X, "AWQ-ROCM-013"),
+        (LinearSpec(64, 64, 20, torch.float16, kernel="gemm"), MI300X, "AWQ-ROCM-013"),
         (LinearSpec(64, 64, 64, torch.float16), Device("cuda", 0, "H100", "nvidia", "sm_90", 0), "AWQ-ROCM-010"),
         (LinearSpec(64, 64, 64, torch.float16), Device("cuda", 0, "Vega 64", "amd", "gfx900", 0, 64), "AWQ-ROCM-011"),
         (LinearSpec(64, 64, 64, torch.float16), Device("cuda", 0, "odd", "amd", "gfx942", 0, 32), "AWQ-ROCM-015"),
@@ -211,7 +212,7 @@ def test_a_real_hiprtc_compiles_the_kernels_and_its_abort_is_survived(
     monkeypatch.setenv("ROCM_PATH", str(tmp_path))
     compiler = hiprtc.Hiprtc()
     assert compiler.version.endswith("of HIP 50221153")
-    kind = kernel.Kind(True, 0, 128)
+    kind = Kind(True, 0, 128)
     for arch, unit, rows in (("gfx90a", "mfma", 16), ("gfx1030", "", 1)):
         variant = selection.variant(rows, 32, unit)
         needs = CodeObject.parse(compiler.compile(variant.program(kind, arch))).kernels[variant.entry]
@@ -301,7 +302,7 @@ def test_no_rows_launch_nothing(fresh: Machine) -> None:
 
 
 def test_the_fake_notices_a_wrong_stream_and_a_wild_pointer(fresh: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "current_stream", lambda index: 0)
+    monkeypatch.setattr(driver, "current_stream", lambda index: 0)
     with pytest.raises(fake_hip.WrongCall, match="not the current one"):
         product(fresh, 1)
     monkeypatch.undo()

@@ -12,8 +12,9 @@ from amdsim.toolchain import Clang
 
 pytest.importorskip("awq_rt_rocm", reason="awq-rt-rocm is not installed")
 from awq_rt_rocm import kernel, packing
-from awq_rt_rocm.kernel import Kind, Variant
+from awq_rt_rocm.kernel import Variant
 
+from awq_rt.packing import Kind
 from awq_rt.rtc import Program as Source
 from awq_rt.testing import excess, hurtful_weight
 

@@ -60,11 +60,3 @@ inline void multiply_matrices(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, 
         for (int k = 0; k < 16; k++) d[i] += left[row + i / 2 * 8][k] * right[k][column + i % 2];
     meet();  // nobody gives anew while another still reads
 }
-
-inline void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    multiply_matrices(d, a, b0, b1, [](u32 bits) { return float_of_half(bits & 0xffff); });
-}
-
-inline void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    multiply_matrices(d, a, b0, b1, [](u32 bits) { return float_of_bfloat(bits & 0xffff); });
-}

@@ -60,6 +60,24 @@ def test_an_input_or_a_result_beyond_two_to_the_31(gpu: torch.device, kernel: st
     check_rows(y, x, weight)
 
 
+@pytest.mark.parametrize(("kernel", "m"), [("gemv", 65535 * 8 + 3), ("gemm", 65535 * 64 + 3)])
+def test_more_rows_than_one_dimension_of_a_grid_holds(gpu: torch.device, kernel: str, m: int) -> None:
+    from awq_rt_cuda import backend
+
+    need(gpu, 4)
+    weight = random_on(gpu, 64, 16, 64)
+    packed = backend.pack(weight, spec_of(weight, torch.bfloat16, kernel), gpu)
+    x = torch.randn(m, 64, dtype=torch.bfloat16, device=gpu)
+    y = backend.linear(x, packed)
+    for rows in (
+        slice(0, 100),
+        slice(m // 2 - 50, m // 2 + 50),
+        slice(65535 * 8 - 50, 65535 * 8 + 3),
+        slice(-100, None),
+    ):
+        assert excess(y[rows], x[rows], weight) <= 1, rows
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_weight_beyond_two_to_the_31(gpu: torch.device, kernel: str) -> None:
     from awq_rt_cuda import backend

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import random
 import threading
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from awq_rt.backend import Backend, Packed
+from awq_rt.packing import Layout
 from awq_rt.rtc import Program
 from awq_rt.testing import excess, hurtful_weight
 from awq_rt.testing.cases import WEIGHT_KINDS
@@ -93,34 +94,45 @@ def programs_of(case: Drawn, device_index: int) -> list[Program]:
     """What one case of the sweep compiles."""
     from awq_rt_cuda import exllama, tiled
 
-    if case.kernel == "exllama":
-        layout = exllama.Layout(*astuple(case)[2:5], case.dtype, case.scale_dtype, None)
-        return exllama.plan(str(layout), device_index).programs()
-    plan = tiled.plan(
-        str(tiled.Layout(*astuple(case)[2:5], case.dtype, case.scale_dtype, None, case.kernel)), device_index
-    )
-    return [plan.variant(plan._step(case.rows)).program(plan.layout.kind, plan.arch)]
+    family = exllama if case.kernel == "exllama" else tiled
+    sizes = (case.in_features, case.out_features, case.group_size)
+    layout = Layout(family.PREFIX, *sizes, case.dtype, case.scale_dtype, None, case.kernel)
+    plan = family.plan(str(layout), device_index)
+    if isinstance(plan, exllama.ExllamaLinear):
+        return plan.programs()
+    return [plan.variant(plan.step(case.rows)).program(plan.kind, plan.arch)]
+
+
+def compile_for(drawn: list[Drawn], device_index: int) -> None:
+    """Side by side; one by one, when each is first needed, the sweep would take an hour."""
+    from awq_rt_cuda import tiled
+
+    programs = (program for case in drawn for program in programs_of(case, device_index))
+    tiled.builder().machine_codes(list(dict.fromkeys(programs)))
+
+
+def error_of(case: Drawn, gpu: torch.device) -> float:
+    """The largest error over the bound; the packed weight must give back the canonical one."""
+    from awq_rt_cuda import backend, exllama, tiled
+
+    weight = case.weight().to(gpu)
+    pack = exllama.pack if case.kernel == "exllama" else tiled.pack
+    packed = pack(weight, spec_of(weight, case.dtype, case.kernel))
+    assert backend.unpack(packed).equal(weight), case
+    x = (rows_of(case.rows, weight) + case.mean).to(gpu, case.dtype)
+    torch.cuda.synchronize()
+    # What the result is likely to be given: memory full of NaN. An element that is not written is then seen.
+    torch.full((case.rows, case.out_features), torch.nan, dtype=case.dtype, device=gpu)
+    return excess(backend.linear(x, packed), x, weight)
 
 
 @pytest.mark.timeout(LONG_S)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_random_shapes_are_within_the_bound(gpu: torch.device, kernel: str) -> None:
-    from awq_rt_cuda import backend, exllama, tiled
-
     drawn = draw(kernel, SWEEP_CASES)
-    # Compiled side by side first; one by one the sweep would take an hour.
-    programs = (program for case in drawn for program in programs_of(case, gpu.index))
-    tiled.builder().machine_codes(list(dict.fromkeys(programs)))
-    pack = exllama.pack if kernel == "exllama" else tiled.pack
+    compile_for(drawn, gpu.index)
     for case in drawn:
-        weight = case.weight().to(gpu)
-        packed = pack(weight, spec_of(weight, case.dtype, kernel))
-        x = (rows_of(case.rows, weight) + case.mean).to(gpu, case.dtype)
-        torch.cuda.synchronize()
-        # What the result is likely to be given: memory full of NaN. An element that is not written is then seen.
-        torch.full((case.rows, case.out_features), torch.nan, dtype=case.dtype, device=gpu)
-        assert excess(backend.linear(x, packed), x, weight) <= 1, case
-        assert backend.unpack(packed).equal(weight), case
+        assert error_of(case, gpu) <= 1, case
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -220,14 +232,14 @@ def test_parts_that_meet_in_memory_give_the_cluster_result(gpu: torch.device) ->
 
     weight = hurtful_weight("random", 2048, 256, 128, bias=True)
     _, packed = packed_on(gpu, weight)
-    layout = tiled.Layout.parse(packed.layout)
+    layout = Layout.parse(packed.layout)
     x = rows_of(16, weight)
     variant = Variant(16, 2, 2, 2, 2, 4, to_partials=True)
     results = []
     clusters = tiled.target_of(gpu.index).clusters
     for chosen in (variant, replace(variant, to_partials=False)) if clusters else (variant,):
         plan = tiled.TiledLinear(layout, gpu.index)
-        plan._gemm[16] = tiled.load(chosen, layout.kind, gpu.index)
+        plan._gemm[16] = tiled.load(chosen, plan.kind, gpu.index)
         results.append(plan.linear(x.to(gpu), packed))
         assert excess(results[-1].cpu(), x, weight) <= 1
     assert all(torch.equal(result, results[0]) for result in results)

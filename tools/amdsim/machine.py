@@ -116,8 +116,9 @@ class Program:
         memory = DeviceMemory(MEMORY_SLACK + len(self.code.image) + sum(_room(argument) for argument in arguments))
         code_base = memory.allocate(np.frombuffer(self.code.image, np.uint8), writable=False)
         block, buffers = self._arguments(memory, arguments)
+        packet = memory.allocate(_packet(grid, threads), writable=False)
         lds = Lds(int(np.prod(grid)), self.kernel.lds_bytes + dynamic_lds_bytes)
-        state = self._start(memory, lds, grid, threads, block)
+        state = self._start(memory, lds, grid, threads, block, packet)
         state.code_base = code_base
         counts = Counts()
         with np.errstate(all="ignore"):
@@ -150,7 +151,7 @@ class Program:
         return memory.allocate(np.frombuffer(bytes(block), np.uint8), writable=False, written=end), buffers
 
     def _start(
-        self, memory: DeviceMemory, lds: Lds, grid: tuple[int, int, int], threads: int, block: int
+        self, memory: DeviceMemory, lds: Lds, grid: tuple[int, int, int], threads: int, block: int, packet: int
     ) -> Wavefronts:
         """Registers as the hardware fills them: LLVM's AMDGPU guide, "Initial Kernel Execution State"."""
         target, kernel = self.target, self.kernel
@@ -161,7 +162,7 @@ class Program:
         register = 0
         for bit, count, value in (
             (0, 4, None),
-            (1, 2, None),
+            (1, 2, packet),
             (2, 2, None),
             (3, 2, block),
             (4, 2, None),
@@ -324,6 +325,14 @@ class _Run:
             raise Deadlock("every wave waits at a barrier")
         self.state.lds.barrier(np.unique(groups[ready]))
         self.waiting &= ~ready
+
+
+def _packet(grid: tuple[int, int, int], threads: int) -> npt.NDArray[np.uint8]:
+    """The dispatch packet, of which kernels read the sizes of a workgroup and of the grid in work-items."""
+    sizes = np.zeros(16, np.uint32)
+    sizes[1], sizes[2] = threads | 1 << 16, 1
+    sizes[3:6] = grid[0] * threads, grid[1], grid[2]
+    return sizes.view(np.uint8)
 
 
 def _dual(state: Wavefronts, steps: tuple[Step, ...]) -> None:

@@ -82,6 +82,8 @@ def _halves(decoder: Decoder, instruction: Instruction, name: str) -> Step:
     destination, *sources = (decoder.operand(text) for text in instruction.operands)
     count = len(sources)
     choices = [numbers(instruction, "op_sel", count, 0), numbers(instruction, "op_sel_hi", count, 1)]
+    if name == "v_pk_mov_b32":  # a word of each source, and `op_sel` alone says which
+        choices[1] = choices[0]
     signs = [numbers(instruction, "neg_lo", count, 0), numbers(instruction, "neg_hi", count, 0)]
     readers = [
         [half(source, choices[part][index], integer=integer) for index, source in enumerate(sources)] for part in (0, 1)
@@ -109,6 +111,8 @@ def _singles(decoder: Decoder, instruction: Instruction, name: str) -> Step:
     destination, *sources = (decoder.operand(text) for text in instruction.operands)
     count = len(sources)
     choices = [numbers(instruction, "op_sel", count, 0), numbers(instruction, "op_sel_hi", count, 1)]
+    if name == "v_pk_mov_b32":  # a word of each source, and `op_sel` alone says which
+        choices[1] = choices[0]
     signs = [numbers(instruction, "neg_lo", count, 0), numbers(instruction, "neg_hi", count, 0)]
 
     def source_word(state: Wavefronts, index: int, part: int) -> tuple[Values, Bits | None]:

@@ -31,6 +31,8 @@ ALIASES = {
     "s_and_not1_b32": "s_andn2_b32", "s_and_not1_b64": "s_andn2_b64", "s_or_not1_b32": "s_orn2_b32",
     "s_or_not1_b64": "s_orn2_b64", "s_and_not1_saveexec_b32": "s_andn2_saveexec_b32",
     "s_and_not1_saveexec_b64": "s_andn2_saveexec_b64", "s_ctz_i32_b32": "s_ff1_i32_b32",
+    "v_s_exp_f32": "s_exp_f32", "v_s_log_f32": "s_log_f32", "v_s_rcp_f32": "s_rcp_f32", "v_s_rsq_f32": "s_rsq_f32",
+    "v_s_sqrt_f32": "s_sqrt_f32",
 }  # fmt: skip
 
 U32 = np.uint64(0xFFFFFFFF)
@@ -84,6 +86,8 @@ class Scalars:
             if name == "s_cmovk_i32":
                 raise Unmodelled(name)
             return _computed((texts[0], _extended(texts[1]), "0"), lambda a, b: a, 1, scc=None)
+        if name in ("s_fmac_f32", "s_fmaak_f32", "s_fmamk_f32"):
+            return _fused(texts[0], texts[1:] if len(texts) == 4 else (*texts[1:], texts[0]))
         if name in ("s_addc_u32", "s_subb_u32"):
             return _with_carry(texts, add=name == "s_addc_u32")
         if name == "s_getpc_b64":
@@ -140,6 +144,19 @@ def _computed(texts: tuple[str, ...], compute: Callable[[Wide, Wide], Any], word
         if scc is not None:
             state.write_scc(scc(a, b, result), poison)
         write(state, destination, result, poison, words)
+
+    return step
+
+
+def _fused(result: str, texts: tuple[str, ...]) -> Step:
+    """The first of `texts` times the second plus the third, in float32, rounded once."""
+    destination = operand(result)
+    sources = [source(text, 1) for text in texts]
+
+    def step(state: Wavefronts) -> None:
+        values, poisons = zip(*(read(state) for read in sources), strict=True)
+        a, b, c = (_single(value).astype(np.float64) for value in values)
+        write(state, destination, _bits(a * b + c).astype(np.uint64), poisons[0] | poisons[1] | poisons[2], 1)
 
     return step
 
@@ -304,6 +321,9 @@ TWO_SOURCES: dict[str, tuple[int, Callable[[Wide, Wide], Any], Flag | None]] = {
     "s_pack_ll_b32_b16": (1, lambda a, b: a & np.uint64(0xFFFF) | (b & np.uint64(0xFFFF)) << np.uint64(16), None),
     "s_mul_f32": (1, lambda a, b: _bits(_single(a) * _single(b)), None),
     "s_add_f32": (1, lambda a, b: _bits(_single(a) + _single(b)), None),
+    "s_sub_f32": (1, lambda a, b: _bits(_single(a) - _single(b)), None),
+    "s_max_num_f32": (1, lambda a, b: _bits(np.fmax(_single(a), _single(b))), None),
+    "s_min_num_f32": (1, lambda a, b: _bits(np.fmin(_single(a), _single(b))), None),
 }
 ONE_SOURCE: dict[str, tuple[int, Callable[[Wide], Any], Flag | None]] = {
     "s_mov_b32": (1, lambda a: a, None),
@@ -314,6 +334,11 @@ ONE_SOURCE: dict[str, tuple[int, Callable[[Wide], Any], Flag | None]] = {
     "s_sext_i32_i16": (1, lambda a: a.astype(np.uint16).view(np.int16).astype(np.int64), None),
     "s_sext_i32_i8": (1, lambda a: a.astype(np.uint8).view(np.int8).astype(np.int64), None),
     "s_brev_b32": (1, lambda a: np.array([int(f"{int(v):032b}"[::-1], 2) for v in a], np.uint64), None),
+    "s_exp_f32": (1, lambda a: _bits(np.exp2(_single(a).astype(np.float64))), None),
+    "s_log_f32": (1, lambda a: _bits(np.log2(_single(a).astype(np.float64))), None),
+    "s_rcp_f32": (1, lambda a: _bits(1 / _single(a).astype(np.float64)), None),
+    "s_rsq_f32": (1, lambda a: _bits(1 / np.sqrt(_single(a).astype(np.float64))), None),
+    "s_sqrt_f32": (1, lambda a: _bits(np.sqrt(_single(a).astype(np.float64))), None),
     "s_cvt_f32_u32": (1, lambda a: _bits(a.astype(np.float32)), None),
     "s_cvt_f32_i32": (1, lambda a: _bits(signed(a).astype(np.float32)), None),
     "s_cvt_u32_f32": (

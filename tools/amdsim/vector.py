@@ -29,7 +29,7 @@ ALIASES = {
     "v_min_num_f32": "v_min_f32", "v_max_num_f32": "v_max_f32", "v_min_num_f16": "v_min_f16",
     "v_max_num_f16": "v_max_f16", "v_accvgpr_read_b32": "v_mov_b32", "v_accvgpr_write_b32": "v_mov_b32",
     "v_accvgpr_mov_b32": "v_mov_b32", "v_fmaak_f32": "v_fma_f32", "v_clz_i32_u32": "v_ffbh_u32",
-    "v_add_nc_u16": "v_add_u16",
+    "v_add_nc_u16": "v_add_u16", "v_max3_num_f32": "v_max3_f32",
     "v_dot2acc_f32_f16": "v_dot2c_f32_f16",
 }  # fmt: skip
 """One operation under several names."""
@@ -87,6 +87,10 @@ def _u24(a: Values) -> Values:
     return a & np.uint32(0xFFFFFF)
 
 
+def _i24(a: Values) -> Values:
+    return (a << np.int32(8)) >> np.int32(8)
+
+
 def _ldexp(a: Values, exponent: Values) -> Values:
     return np.ldexp(a, exponent)
 
@@ -107,6 +111,11 @@ def _leading_zeros(a: Values) -> Values:
 def _byte(number: int) -> Callable[[Values], Values]:
     place = np.uint32(8 * number)
     return lambda a: (a >> place & np.uint32(255)).astype(np.float32)
+
+
+def _pair(low: Values, high: Values) -> Values:
+    a, b = np.broadcast_arrays(low.view(np.uint16), high.view(np.uint16))
+    return a.astype(np.uint32) | b.astype(np.uint32) << np.uint32(16)
 
 
 def _median(a: Values, b: Values, c: Values) -> Values:
@@ -156,6 +165,7 @@ TABLE: Table = {
     "v_mul_lo_u32": ("u32", "u32 u32", lambda a, b: a * b),
     "v_mul_hi_u32": ("u32", "u32 u32", _high),
     "v_mul_u32_u24": ("u32", "u32 u32", lambda a, b: _u24(a) * _u24(b)),
+    "v_mad_i32_i24": ("i32", "i32 i32 i32", lambda a, b, c: _i24(a) * _i24(b) + c),
     "v_mad_u32_u24": ("u32", "u32 u32 u32", lambda a, b, c: _u24(a) * _u24(b) + c),
     "v_mad_u32_u16": ("u32", "u16 u16 u32", lambda a, b, c: a.astype(np.uint32) * b + c),
     "v_min_u32": ("u32", "u32 u32", np.minimum),
@@ -170,6 +180,7 @@ TABLE: Table = {
     "v_mul_f32": ("f32", "f32 f32", lambda a, b: a * b),
     "v_min_f32": ("f32", "f32 f32", np.fmin),
     "v_max_f32": ("f32", "f32 f32", np.fmax),
+    "v_max3_f32": ("f32", "f32 f32 f32", lambda a, b, c: np.fmax(np.fmax(a, b), c)),
     "v_fma_f32": ("f32", "f32 f32 f32", _fma),
     "v_rcp_f32": ("f32", "f32", lambda a: (1 / a.astype(np.float64)).astype(np.float32)),
     "v_rcp_iflag_f32": ("f32", "f32", lambda a: (1 / a.astype(np.float64)).astype(np.float32)),
@@ -177,6 +188,7 @@ TABLE: Table = {
     "v_sqrt_f32": ("f32", "f32", lambda a: np.sqrt(a.astype(np.float64)).astype(np.float32)),
     "v_exp_f32": ("f32", "f32", lambda a: np.exp2(a.astype(np.float64)).astype(np.float32)),
     "v_log_f32": ("f32", "f32", lambda a: np.log2(a.astype(np.float64)).astype(np.float32)),
+    "v_cvt_pk_f16_f32": ("u32", "f32 f32", lambda a, b: _pair(a.astype(np.float16), b.astype(np.float16))),
     "v_trunc_f32": ("f32", "f32", np.trunc),
     "v_floor_f32": ("f32", "f32", np.floor),
     "v_rndne_f32": ("f32", "f32", np.rint),

@@ -1,6 +1,6 @@
 """The NVIDIA backend: kernels on the matrix units of sm_80 and later, compiled by NVRTC for the GPU that is there.
 
-pack     AwqWeight -> tiles (packing.py, tiled.py), or rows where a shape fits no tile (rows.py)
+pack     AwqWeight -> tiles (packing.py, tiled.py), or rows where a shape fits no tile (awq_rt/packing/rows.py)
 linear   few rows: gemm.py; many: dequantize.py and torch's BLAS; selection.py says which, and how cut
 exllama  a family with a layout and kernels of its own, for who asks for it (exllama.py)
 """
@@ -8,6 +8,7 @@ exllama  a family with a layout and kernels of its own, for who asks for it (exl
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from awq_rt import devices
 from awq_rt.backend import LinearSpec, Packed, Prepared
-from awq_rt.devices import Device, Probe, Refusal
+from awq_rt.devices import Device, Probe, Refusal, Tool
 from awq_rt.errors import OutOfMemory
 from awq_rt.ops import AttentionSpec
+from awq_rt.packing import SCALE_KINDS, Layout, rows
+from awq_rt.packing import exllama as strips
 from awq_rt.weights import AwqWeight
 
-from . import exllama, fused, joining, packing, requirements, rows, tiled
+from . import exllama, fused, joining, packing, requirements, tiled
 
 __version__ = "0.1.0"
 
@@ -46,8 +49,9 @@ class CudaBackend:
             return found
         if refusal := requirements.missing():
             return Probe((), (*found.refusals, refusal))
-        usable = tuple(device for device in found.devices if _old(device) is None)
-        refusals = tuple(refusal for device in found.devices if (refusal := _old(device)))
+        answers = [(device, _old(device) or requirements.unknown(device)) for device in found.devices]
+        usable = tuple(device for device, refusal in answers if refusal is None)
+        refusals = tuple(refusal for _, refusal in answers if refusal is not None)
         return replace(found, devices=usable, refusals=(*found.refusals, *refusals))
 
     def supports(self, spec: LinearSpec, device: Device) -> Refusal | None:
@@ -59,7 +63,10 @@ class CudaBackend:
             return Refusal("AWQ-CUDA-012", f"activations are {spec.dtype}", f"choose one of {DTYPES}, or the reference")
         if spec.kernel != "auto" and (reason := _unfit(spec)):
             return Refusal("AWQ-CUDA-013", f"kernel {spec.kernel!r} cannot serve it: {reason}", "choose kernel='auto'")
-        return requirements.missing()
+        return requirements.missing() or requirements.unknown(device)
+
+    def tools(self) -> Sequence[Tool]:
+        return requirements.tools()
 
     def pack(self, weight: AwqWeight, spec: LinearSpec, device: torch.device) -> Packed:
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -95,7 +102,7 @@ class CudaBackend:
     def unpack(self, packed: Packed) -> AwqWeight:
         if packed.layout == rows.PREFIX:
             return rows.unpack(packed)
-        return exllama.unpack(packed) if packed.layout.startswith(exllama.PREFIX) else tiled.unpack(packed)
+        return strips.unpack(packed) if packed.layout.startswith(strips.PREFIX) else tiled.unpack(packed)
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         flat = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
@@ -116,17 +123,22 @@ class CudaBackend:
 
 def _packed(weight: AwqWeight, spec: LinearSpec, device: torch.device) -> Packed:
     moved = weight.to(device)
-    if _unfit(spec) or (moved.bias is not None and moved.bias.dtype not in tiled.SCALE_KINDS):
-        return rows.pack(moved, spec)
-    return exllama.pack(moved, spec) if spec.kernel == exllama.PREFIX else tiled.pack(moved, spec)
+    if _unfit(spec) or (moved.bias is not None and moved.bias.dtype not in SCALE_KINDS):
+        return rows.pack(moved)
+    return strips.pack(moved, spec) if spec.kernel == strips.PREFIX else tiled.pack(moved, spec)
 
 
 def _make_ready(packed: Packed, device: torch.device) -> None:
     """Compile what `packed` needs, and wait for its tensors."""
     if device.type == "cuda" and packed.layout != rows.PREFIX:
-        _plan(packed.layout, _index(device)).build()
+        _build(packed.layout, _index(device))
         # Kernels read the weight before the kernels ahead of them have ended: it must be there by now.
         torch.cuda.current_stream(device).synchronize()
+
+
+@functools.cache  # a model has hundreds of linears in a handful of layouts
+def _build(layout: str, device_index: int) -> None:
+    _plan(layout, device_index).build()
 
 
 def _no_room(spec: LinearSpec, device: torch.device) -> str:
@@ -144,15 +156,12 @@ def _no_room(spec: LinearSpec, device: torch.device) -> str:
 
 def _layout(spec: LinearSpec) -> str:
     """The layout that `spec` is packed in, as far as programs depend on it."""
-    sizes = (spec.in_features, spec.out_features, spec.group_size)
-    if spec.kernel == exllama.PREFIX:
-        return str(exllama.Layout(*sizes, spec.dtype, spec.scale_dtype, None))
-    return str(tiled.Layout(*sizes, spec.dtype, spec.scale_dtype, None, spec.kernel))
+    return str(Layout.expected(strips.PREFIX if spec.kernel == strips.PREFIX else tiled.PREFIX, spec))
 
 
 def _plan(layout: str, device_index: int) -> tiled.TiledLinear | exllama.ExllamaLinear:
     """What computes with a weight in `layout`, which is not that of rows."""
-    plan = exllama.plan if layout.startswith(exllama.PREFIX) else tiled.plan
+    plan = exllama.plan if layout.startswith(strips.PREFIX) else tiled.plan
     return plan(layout, device_index)
 
 
@@ -173,8 +182,8 @@ def _old(device: Device) -> Refusal | None:
 
 def _unfit(spec: LinearSpec) -> str:
     """Why `spec` does not fit the form that its kernel family packs; empty when it does."""
-    if spec.kernel == exllama.PREFIX:
-        return exllama.refusal(spec)
+    if spec.kernel == strips.PREFIX:
+        return strips.refusal(spec)
     if spec.in_features % 8 or spec.out_features % 8:
         return f"in_features {spec.in_features} and out_features {spec.out_features} must be multiples of 8"
     if packing.kernel_group_size(spec.in_features, spec.group_size) < packing.SMALLEST_GROUP:

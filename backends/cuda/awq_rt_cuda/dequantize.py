@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from awq_rt.packing import Kind
 from awq_rt.rtc import Program
 
-from .driver import Shape
-from .gemm import KERNELS, Kind
+from .driver import Shape, tall
+from .gemm import KERNELS
 
 WARPS = 8
 """Of a block; each takes one tile."""
@@ -16,4 +17,4 @@ def program(kind: Kind, arch: str) -> Program:
 
 
 def shape(strips: int, tiles: int) -> Shape:
-    return Shape((-(-tiles // WARPS), strips, 1), WARPS * 32)
+    return Shape((-(-tiles // WARPS), *tall(strips)), WARPS * 32)

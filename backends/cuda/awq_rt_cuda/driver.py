@@ -37,6 +37,16 @@ class Shape:
     cluster: int = 1
 
 
+MOST_BLOCKS_Y = 65535
+"""The hardware's limit on a grid's second and third dimension; the first may have 2^31 - 1."""
+
+
+def tall(blocks: int) -> tuple[int, int]:
+    """`blocks` or a few more as a grid's y and z: block z * y's size + y is the one meant, if there are so many."""
+    z = -(-blocks // MOST_BLOCKS_Y)
+    return -(-blocks // z), z
+
+
 class Kernel:
     """A kernel loaded on one device. Every argument takes a slot of 8 bytes: a pointer, or an unsigned integer."""
 

@@ -1,7 +1,7 @@
 """The family `exllama`: host half of kernels/exllama.cu and exllama_dequantize.cu.
 
-A layout of its own (exllama_packing.py), no matrix unit: few rows in one kernel, many by dequantising into a buffer and
-torch's BLAS. For whoever pins it; `auto` never chooses it.
+A layout of its own (awq_rt/packing/exllama.py), no matrix unit: few rows in one kernel, many by dequantising into a
+buffer and torch's BLAS. For whoever pins it; `auto` never chooses it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awq_rt.backend import LinearSpec, Packed
+from awq_rt import kernels
+from awq_rt.backend import Packed
+from awq_rt.packing import Kind, Layout
+from awq_rt.packing.exllama import STRIP, WORD_ROWS
 from awq_rt.rtc import Program
-from awq_rt.weights import AwqWeight
 
-from . import exllama_packing as packing
 from .driver import Kernel, Shape, current_stream
-from .gemm import KERNELS, Kind
+from .gemm import KERNELS
 from .nvrtc import target
-from .tiled import DTYPES, SCALE_KINDS, builder, target_of
+from .tiled import builder, target_of
 
-PREFIX = "exllama"
 COLUMNS = 32
 """Of W that a block computes."""
 
@@ -43,61 +43,8 @@ DEQUANTIZE_WAVES = 8
 LANES = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """`Packed.layout`, parsed. Tensors: codes, zeros, scales and, with a bias, float32 bias."""
-
-    in_features: int
-    out_features: int
-    group_size: int
-    dtype: torch.dtype
-    scale_dtype: torch.dtype
-    bias_dtype: torch.dtype | None
-
-    def __str__(self) -> str:
-        dtypes = (self.dtype, self.scale_dtype, self.bias_dtype)
-        words = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return " ".join((PREFIX, str(self.in_features), str(self.out_features), str(self.group_size), *words))
-
-    @staticmethod
-    def parse(text: str) -> Layout:
-        _, k, n, g, dtype, scale_dtype, bias_dtype = text.split()
-        return Layout(int(k), int(n), int(g), DTYPES[dtype], DTYPES[scale_dtype], DTYPES.get(bias_dtype))
-
-    @property
-    def kind(self) -> Kind:
-        return Kind(self.dtype == torch.float16, SCALE_KINDS[self.scale_dtype], self.group_size)
-
-
-def refusal(spec: LinearSpec) -> str:
-    """Why this family cannot serve `spec`; empty when it can."""
-    return packing.refusal(spec.in_features, spec.out_features, spec.group_size)
-
-
-def pack(weight: AwqWeight, spec: LinearSpec) -> Packed:
-    """`weight` in strips, on its own device."""
-    bias_dtype = None if weight.bias is None else weight.bias.dtype
-    layout = Layout(spec.in_features, spec.out_features, spec.group_size, spec.dtype, weight.scales.dtype, bias_dtype)
-    tensors = [
-        packing.pack_codes(weight.codes),
-        packing.pack_zeros(weight.zeros),
-        packing.pack_scales(weight.scales),
-    ]
-    if weight.bias is not None:
-        tensors.append(weight.bias.float().contiguous())
-    return Packed(str(layout), tuple(tensors))
-
-
-def unpack(packed: Packed) -> AwqWeight:
-    """The exact inverse of `pack`."""
-    bias_dtype = Layout.parse(packed.layout).bias_dtype
-    codes, zeros, scales, *bias = packed.tensors
-    return AwqWeight(
-        packing.unpack_codes(codes),
-        packing.unpack_zeros(zeros),
-        packing.unpack_scales(scales),
-        bias[0].to(bias_dtype) if bias and bias_dtype is not None else None,
-    )
+def kind_of(layout: Layout) -> Kind:
+    return Kind.of(layout, layout.group_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +68,16 @@ class Variant:
 
     def program(self, kind: Kind, arch: str) -> Program:
         defines = kind.defines() | {"ROWS": self.rows, "WAVES": self.waves, "MIN_BLOCKS": self.min_blocks}
-        return Program.from_file(KERNELS / "exllama.cu", arch, defines)
+        return kernels.program("exllama", arch, defines, KERNELS)
 
 
 def dequantize_program(kind: Kind, arch: str) -> Program:
     """The kernel that writes the whole weight as activations."""
-    return Program.from_file(KERNELS / "exllama_dequantize.cu", arch, kind.defines())
+    return kernels.program("exllama_dequantize", arch, kind.defines(), KERNELS)
 
 
 def dequantize_shape(n: int, k: int) -> Shape:
-    columns, rows = LANES * packing.STRIP, DEQUANTIZE_WAVES * packing.WORD_ROWS
+    columns, rows = LANES * STRIP, DEQUANTIZE_WAVES * WORD_ROWS
     return Shape((-(-n // columns), -(-k // rows), 1), DEQUANTIZE_WAVES * LANES)
 
 
@@ -147,8 +94,9 @@ def choose(rows: int, layout: Layout, multiprocessors: int) -> Variant:
 
 def programs(layout: Layout, multiprocessors: int, arch: str) -> list[Program]:
     """Every program that a linear of `layout` may need on a device of so many multiprocessors."""
-    found = [choose(rows, layout, multiprocessors).program(layout.kind, arch) for rows in ROW_STEPS]
-    return [*found, dequantize_program(layout.kind, arch)]
+    kind = kind_of(layout)
+    found = [choose(rows, layout, multiprocessors).program(kind, arch) for rows in ROW_STEPS]
+    return [*found, dequantize_program(kind, arch)]
 
 
 class ExllamaLinear:
@@ -156,6 +104,7 @@ class ExllamaLinear:
 
     def __init__(self, layout: Layout, device_index: int) -> None:
         self.layout = layout
+        self.kind = kind_of(layout)
         self.device_index = device_index
         self.target = target_of(device_index)
         self.arch = target(f"sm_{self.target.arch}")
@@ -173,8 +122,8 @@ class ExllamaLinear:
         """Compile and load all that `linear` may need."""
         builder().machine_codes(self.programs())
         for step in ROW_STEPS:
-            load(self.variant(step), self.layout.kind, self.device_index)
-        load_dequantize(self.layout.kind, self.device_index)
+            load(self.variant(step), self.kind, self.device_index)
+        load_dequantize(self.kind, self.device_index)
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         """`x` [M, K], contiguous and 16-byte aligned -> [M, N]. The device is current."""
@@ -205,7 +154,7 @@ class ExllamaLinear:
     def _launch(self, m: int) -> tuple[Kernel, Shape]:
         """What a product of `m` rows needs beside its tensors; kept, because finding it costs as much as a launch."""
         variant = self.variant(next((step for step in ROW_STEPS if step >= m), ROW_STEPS[-1]))
-        kernel = load(variant, self.layout.kind, self.device_index)
+        kernel = load(variant, self.kind, self.device_index)
         self._launches[m] = kernel, variant.shape(m, self.layout.out_features)
         return self._launches[m]
 
@@ -218,7 +167,7 @@ class ExllamaLinear:
         codes, zeros, *_ = packed.tensors
         k, n = self.layout.in_features, self.layout.out_features
         w = torch.empty(k, n, dtype=self.layout.dtype, device=codes.device)
-        load_dequantize(self.layout.kind, self.device_index).launch(
+        load_dequantize(self.kind, self.device_index).launch(
             dequantize_shape(n, k),
             current_stream(self.device_index),
             codes.data_ptr(),

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from awq_rt.packing import Kind
 from awq_rt.rtc import Program
 
-from .driver import Shape
+from .driver import Shape, tall
 from .packing import STRIP, TILE_DEPTH
 
 KERNELS = Path(__file__).parent / "kernels"
 LANES = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a weight and its activations fix when a kernel is compiled."""
-
-    half: bool  # activations are float16, else bfloat16
-    scale_kind: int  # 0 float16, 1 bfloat16, 2 float32
-    group_size: int  # packing.kernel_group_size
-
-    def defines(self) -> dict[str, str | int]:
-        return {"ACTIVATION_HALF": int(self.half), "SCALE_KIND": self.scale_kind, "GROUP_SIZE": self.group_size}
+BARRIER_BYTES = 16
+"""Of a block whose cluster sends it sums; a multiple of what the sums are aligned to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +61,15 @@ class Variant:
     def shared_bytes(self) -> int:
         ring = self.warps_k * self.depth * self.rows * TILE_DEPTH * 2
         sums = self.warps_k * self.rows * (self.columns + 4) * 4
-        return max(ring, sums, self.reserved_bytes)
+        own_quads = -(-self.rows * self.columns // 4 // self.split)
+        received = self.split * own_quads * 16 + BARRIER_BYTES if self.split > 1 and not self.to_partials else 0
+        return max(max(ring, sums) + received, self.reserved_bytes)
 
     def shape(self, m: int, n: int) -> Shape:
         """The launch for `m` rows of x and `n` columns of W."""
         blocks = -(-n // self.columns) * self.split
         cluster = 1 if self.to_partials else self.split
-        return Shape((blocks, -(-m // self.rows), 1), self.threads, self.shared_bytes, cluster)
+        return Shape((blocks, *tall(-(-m // self.rows))), self.threads, self.shared_bytes, cluster)
 
     def program(self, kind: Kind, arch: str) -> Program:
         defines = kind.defines() | {
@@ -87,6 +80,7 @@ class Variant:
             "DEPTH": self.depth,
             "SPLIT": self.split,
             "MIN_BLOCKS": self.min_blocks,
+            "SHARED_BYTES": replace(self, reserved_bytes=0).shared_bytes,
             "TO_PARTIALS": int(self.to_partials),
         }
         # wgmma is of compute capability 9.0 alone, which is what the "a" says.

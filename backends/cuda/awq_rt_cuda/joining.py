@@ -1,36 +1,16 @@
-"""Several packed weights that read the same x as one: strips are the outermost dimension of every tensor."""
+"""Several packed weights that read the same x as one: strips are the outermost dimension of every tensor in tiles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-
-import torch
 
 from awq_rt.backend import Packed
+from awq_rt.packing import joining
 
 from .packing import STRIP
-from .tiled import PREFIX, Layout
+from .tiled import PREFIX
 
 
 def join(parts: Sequence[Packed]) -> tuple[Packed, tuple[Packed, ...]] | None:
-    """One weight with the columns of all `parts`, and each part again as a view of its tensors.
-
-    None where they cannot be one: they are not all in tiles, depth, groups or dtypes differ, only some have a bias, or
-    a part does not end with a whole strip.
-    """
-    if not all(part.layout.startswith(PREFIX + " ") for part in parts):
-        return None
-    layouts = [Layout.parse(part.layout) for part in parts]
-    if len({replace(layout, out_features=0) for layout in layouts}) != 1:
-        return None
-    if any(layout.out_features % STRIP for layout in layouts):
-        return None
-    columns = sum(layout.out_features for layout in layouts)
-    whole = tuple(torch.cat(tensors) for tensors in zip(*(part.tensors for part in parts), strict=True))
-    sizes = [[len(tensor) for tensor in part.tensors] for part in parts]
-    splits = [
-        torch.split(tensor, list(lengths)) for tensor, lengths in zip(whole, zip(*sizes, strict=True), strict=True)
-    ]
-    views = tuple(Packed(part.layout, tensors) for part, tensors in zip(parts, zip(*splits, strict=True), strict=True))
-    return Packed(str(replace(layouts[0], out_features=columns)), whole), views
+    """`awq_rt.packing.joining.join` of weights in tiles."""
+    return joining.join(parts, PREFIX, STRIP)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from awq_rt.devices import Refusal
+from awq_rt.devices import Device, Refusal, Tool
+from awq_rt.rtc import CompileFailed
 
 from . import driver, nvrtc
 
@@ -34,3 +37,24 @@ def missing() -> Refusal | None:
             f"update the driver, or install torch and awq-rt-cuda for cu{serves[0]}",
         )
     return None
+
+
+def unknown(device: Device) -> Refusal | None:
+    """Why NVRTC cannot compile for `device`; None when it can. What `missing` looks for is there."""
+    try:
+        nvrtc.target(device.arch)
+    except CompileFailed as error:
+        extra = f"cu{(torch.version.cuda or '13').split('.')[0]}"
+        return Refusal("AWQ-CUDA-015", str(error.args[0]), f"pip install --upgrade 'awq-rt-cuda[{extra}]'")
+    return None
+
+
+def tools() -> tuple[Tool, ...]:
+    """NVRTC and where it was found. Kernels include no header but their own, which are in the sources' folder."""
+    from cuda import pathfinder
+
+    library = pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path or ""
+    return (
+        Tool("NVRTC", nvrtc.Nvrtc().version.removeprefix("nvrtc "), library),
+        Tool("headers", "none but the kernels' own", str(Path(__file__).parent / "kernels")),
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from awq_rt.packing import Kind
 from awq_rt.rtc import Program
 
 from . import tensor_map
 from .driver import Shape
-from .gemm import KERNELS, LANES, Kind
+from .gemm import KERNELS, LANES
 from .packing import STRIP, TILE_DEPTH
 
 WARPGROUP = 128
@@ -74,7 +75,8 @@ class Ring:
         scales_and_zeros = self.groups * (STRIP * 2 + STRIP // 2)
         stage = self.rows * TILE_DEPTH * 2 + strips * (STRIP * TILE_DEPTH // 2 + scales_and_zeros)
         output = self.rows * self.columns * 2 if self.split == 1 else 0
-        parts = self.rows * self.columns * 4 if self.split > 1 else 0
+        pairs = self.strips * self.rows // 4  # of a consumer's thread, see kernels/output.cuh
+        parts = self.split * -(-pairs // self.split) * self.consumers * WARPGROUP * 8 if self.split > 1 else 0
         return BARRIER_BYTES + max(self.stages * stage + output, parts)
 
     def clusters(self, m: int, n: int) -> int:

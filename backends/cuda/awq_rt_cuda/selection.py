@@ -1,6 +1,6 @@
 """Which variant serves which number of rows. The only place that knows how fast anything is.
 
-A memory-bound kernel is as fast as its loads are early and many. The rule, found by measuring about 250 variants on 7
+A memory-bound kernel is as fast as its loads are early and many. The rules, found by measuring about 400 variants on 7
 shapes (NOTES.md): all blocks resident at once, a full wave of them, and some 32 KiB of loads in flight in each
 multiprocessor. What a multiprocessor can hold follows from registers, which `REGISTERS` records for the variants.
 """
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from awq_rt.packing import Kind
+
 from . import selection_ring
-from .gemm import LANES, Kind, Variant
+from .gemm import LANES, Variant
 from .packing import STRIP, TILE_DEPTH
 from .ring import Ring
 from .target import Target as Target
@@ -29,20 +32,16 @@ MOST_ROWS = 64
 
 REGISTER_FILE = 65536
 TILE_BYTES = STRIP * TILE_DEPTH // 2
-BYTES_IN_FLIGHT_WANTED = 32 * 1024
-"""Of a multiprocessor: more gained nothing. NVIDIA H100 80GB HBM3, 2026-11-22; the sweep is in NOTES.md."""
+KIB = 1024
 
 REGISTERS = {
     # (rows, strips, depth): what NVRTC 13 needs to compile the variant without a spill, sm_80 to sm_90
-    (8, 1, 1): 48,
     (8, 1, 2): 56,
     (8, 1, 3): 64,
     (8, 1, 4): 72,
-    (8, 2, 1): 64,
     (8, 2, 2): 80,
     (8, 2, 3): 96,
     (8, 2, 4): 128,
-    (8, 3, 1): 96,
     (8, 3, 2): 128,
     (16, 1, 2): 72,
     (16, 1, 3): 72,
@@ -110,13 +109,13 @@ def _alone(variant: Variant, row_blocks: int, strips: int, target: Target) -> Va
     """`variant`, resident no more often than one kernel needs where kernels start early.
 
     Else some of the next kernel's blocks start beside this one's and the rest find their places unevenly: 5.3 became
-    6.6 us at 4096 x 6144 and one row.
+    6.6 us at 4096 x 6144 and one row. Its threads may have the registers of those that are not there.
     """
     each = -(-_blocks(variant, row_blocks, strips) // target.multiprocessors)
-    if not target.clusters or each >= variant.min_blocks:
+    if not target.clusters or each > variant.min_blocks:
         return variant
     reserved = target.multiprocessor_shared_bytes // (each + 1) // 1024 * 1024
-    return replace(variant, reserved_bytes=min(reserved, target.shared_bytes))
+    return replace(variant, min_blocks=each, reserved_bytes=min(reserved, target.shared_bytes))
 
 
 def _blocks(variant: Variant, row_blocks: int, strips: int) -> int:
@@ -128,27 +127,25 @@ def _candidates(rows: int, kind: Kind, target: Target) -> Iterator[Variant]:
     widths: tuple[int, ...]
     cuts: tuple[tuple[int, int], ...]
     if rows <= GEMV_ROWS:
-        widths = (3, 1, 2) if rows <= 4 else (3, 2, 1)
-        cuts = ((1, 16), (1, 8), (1, 4))
-    elif uses_wgmma(rows, target):
-        widths = (1, 2)
-        cuts = ((8, 2), (4, 4), (4, 2), (8, 1), (4, 1))
+        widths = (3, 2, 1)
+        cuts = ((1, 12), (1, 8), (1, 4))
     else:
         widths = (2, 1)
-        cuts = ((2, 4), (2, 2), (4, 1), (4, 2), (4, 4))
-    unit = "wgmma" if uses_wgmma(rows, target) else "mma"
-    for split, width, (warps_n, warps_k), depth in itertools.product((1, 2, 4, 8), widths, cuts, (2, 3, 4, 1)):
-        need = registers(rows, width, depth, kind, target)
-        variant = Variant(rows, width, warps_n, warps_k, depth, split, 1, split > 1 and not target.clusters, unit)
-        if need is None or variant.shared_bytes > target.shared_bytes:
-            continue
-        if variant.threads * need <= REGISTER_FILE and (split == 1 or warps_k * split <= 32):
-            yield replace(variant, min_blocks=_resident(variant, need, target))
+        cuts = tuple(itertools.product((1, 2, 3, 4, 6), (8, 4, 2, 1)))
+    for unit in ("mma", "wgmma") if uses_wgmma(rows, target) else ("mma",):
+        shapes = ((8, 2), (4, 4), (4, 2), (8, 1), (4, 1)) if unit == "wgmma" else cuts
+        for split, width, (warps_n, warps_k), depth in itertools.product((1, 2, 4, 8), widths, shapes, (3, 4, 2)):
+            need = registers(rows, width, depth, kind, target, unit)
+            variant = Variant(rows, width, warps_n, warps_k, depth, split, 1, split > 1 and not target.clusters, unit)
+            if need is None or variant.shared_bytes > target.shared_bytes:
+                continue
+            if _blocks_by_registers(variant, need) and (split == 1 or warps_k * split <= 32):
+                yield replace(variant, min_blocks=_resident(variant, need, target))
 
 
-def registers(rows: int, strips: int, depth: int, kind: Kind, target: Target) -> int | None:
+def registers(rows: int, strips: int, depth: int, kind: Kind, target: Target, unit: str) -> int | None:
     """What the variant needs of a thread's registers; None where it is not worth compiling."""
-    table = WGMMA_REGISTERS if uses_wgmma(rows, target) else REGISTERS
+    table = WGMMA_REGISTERS if unit == "wgmma" else REGISTERS
     known = table.get((max(rows, GEMV_ROWS), strips, depth))
     if known is None:
         return None
@@ -163,21 +160,34 @@ def registers(rows: int, strips: int, depth: int, kind: Kind, target: Target) ->
 def _resident(variant: Variant, need: int, target: Target) -> int:
     """How many blocks of `variant` a multiprocessor holds at once."""
     by_shared = target.multiprocessor_shared_bytes // (variant.shared_bytes + 1024)
-    return max(1, min(REGISTER_FILE // (variant.threads * need), by_shared, target.threads // variant.threads))
+    return max(1, min(_blocks_by_registers(variant, need), by_shared, target.threads // variant.threads))
+
+
+def _blocks_by_registers(variant: Variant, need: int) -> int:
+    """How many blocks find `need` registers a thread; they are dealt out to four warps at a time."""
+    return REGISTER_FILE // (-(-variant.threads // 128) * 128 * need)
 
 
 def _score(variant: Variant, row_blocks: int, strips: int, tiles: int, target: Target) -> float:
-    """Bytes that a multiprocessor keeps in flight, up to what is wanted, times how full the waves are."""
+    """The larger the faster; fitted to NVIDIA H100 80GB HBM3, 2026-11-23, step 8 of NOTES.md."""
     blocks = _blocks(variant, row_blocks, strips)
     each = -(-blocks // target.multiprocessors)
     resident = min(each, variant.min_blocks)
-    waves = -(-each // resident)
+    waves = -(-blocks // target.placed(variant.split, variant.min_blocks))
     fill = blocks / (target.multiprocessors * resident * waves)
-    depth = min(variant.depth, tiles / (variant.warps_k * variant.split))
-    in_flight = resident * variant.threads // LANES * variant.strips * depth * TILE_BYTES
-    score = fill * min(in_flight, BYTES_IN_FLIGHT_WANTED)
-    if waves > 1 and variant.unit == "mma":
-        score *= 1 - 0.4 / resident  # a block's start and end are bare where few others run beside it
-    if variant.rows >= GEMV_ROWS:
-        score /= 1 + 1.2 * variant.rows / variant.columns  # every block reads all of x, from the L2 cache
-    return score * 0.65 ** (variant.split.bit_length() - 1)
+    groups = variant.warps_k * variant.split
+    even = tiles / (groups * -(-tiles // groups))
+    in_flight = resident * variant.threads // LANES * variant.strips * min(variant.depth, tiles / groups) * TILE_BYTES
+    halvings = variant.split.bit_length() - 1
+    if variant.rows <= GEMV_ROWS:
+        score: float = fill**1.2 * min(in_flight, 60 * KIB) ** 0.5 * even**0.75 * math.pow(0.65, halvings)
+        score *= 1 - 0.4 / resident if waves > 1 else 1  # a block's start and end are bare where few others run
+        return score / (1 + 2 * variant.rows / variant.columns)  # every block reads x
+    score = fill**1.5 * min(in_flight, 32 * KIB) ** 0.8 * even**0.4 * variant.strips**0.11
+    score /= (
+        1 + 1.8 * min(variant.rows, 32) / variant.columns
+    ) * variant.warps_n**0.2  # x, and the barriers of those who share it
+    score *= 0.88 if resident == 1 else 1  # nothing else runs while the block starts and ends
+    score *= 0.46 if waves > 1 else 1
+    score *= 1.09 if variant.unit == "wgmma" else 1
+    return score * math.pow(0.65 if variant.to_partials else 0.78, halvings)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from .gemm import Kind
+from awq_rt.packing import Kind
+
 from .packing import STRIP, TILE_DEPTH
 from .ring import Ring
 from .target import Target
@@ -33,16 +34,22 @@ WIDE = Ring(128, 2, 2, 6, take_registers=232)
 TALL = Ring(256, 1, 2, 4, take_registers=232)
 
 COSTS: dict[int, dict[Ring, Cost]] = {
+    32: {
+        Ring(32, 1, 3, 16, share=2): Cost(0.351, 2.70),
+        Ring(32, 2, 2, 10, share=2): Cost(0.370, 4.23),
+    },
     64: {
-        Ring(64, 1, 3, 8): Cost(0.403, 2.83),
+        Ring(64, 1, 3, 8, share=2): Cost(0.407, 2.83),
         Ring(64, 1, 3, 8, split=2): Cost(0.378, 5.08),
-        Ring(64, 2, 2, 6, share=2): Cost(0.409, 4.23),
+        Ring(64, 1, 2, 7, split=4, min_blocks=2): Cost(0.450, 4.30),
+        Ring(64, 2, 2, 6, share=2): Cost(0.456, 4.23),
     },
     128: {
         THREE: Cost(0.437, 3.94),
         replace(THREE, split=2): Cost(0.471, 8.30),
-        Ring(128, 1, 2, 7, share=2): Cost(0.367, 2.66),
-        Ring(128, 1, 2, 7, split=2): Cost(0.376, 5.60),
+        replace(THREE, split=5): Cost(0.544, 10.0),
+        WIDE: Cost(0.633, 5.72),
+        replace(NARROW, split=2): Cost(0.376, 5.60),
     },
     256: {
         THREE: Cost(0.423, 6.32),
@@ -61,7 +68,7 @@ COSTS: dict[int, dict[Ring, Cost]] = {
 }
 """By number of rows, each for all below it down to the one before; the last one for all above it too."""
 
-OTHER_COSTS = {64: (0.717, 3.41), 128: (1.444, 1.77)}
+OTHER_COSTS = {32: (0.47, 2.35), 64: (0.69, 2.9), 128: (1.444, 1.77)}
 """Of gemm.cuh at these numbers of rows: us a MB of weight, and us. It is never faster at more rows."""
 
 
@@ -89,7 +96,11 @@ def choose(step: int, strips: int, tiles: int, kind: Kind, target: Target) -> Ri
         if variant.split > -(-tiles // 2):  # a part is whole pairs of tiles
             continue
         resident = target.multiprocessors * variant.min_blocks
-        waves = -(-variant.clusters(step, strips * STRIP) // (resident // variant.cluster))
+        waves = -(
+            -variant.clusters(step, strips * STRIP)
+            * variant.cluster
+            // target.placed(variant.cluster, variant.min_blocks)
+        )
         us = waves * (cost.block + cost.step * tiles / variant.split)
         if us < best_us:
             best = replace(variant, groups=max(1, TILE_DEPTH // kind.group_size), resident=resident)

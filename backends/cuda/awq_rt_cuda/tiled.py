@@ -10,81 +10,52 @@ import torch
 from torch import Tensor
 
 from awq_rt.backend import LinearSpec, Packed
+from awq_rt.packing import Kind, Layout
 from awq_rt.rtc import Builder, Program
 from awq_rt.weights import AwqWeight
 
 from . import dequantize, gemm, packing, selection, selection_ring, tensor_map
 from .driver import Kernel, Shape, current_stream, shared_bytes_per_block
-from .gemm import Kind, Variant
+from .gemm import Variant
 from .nvrtc import Nvrtc, target
 from .packing import STRIP, TILE_DEPTH
 from .ring import Ring
 
 PREFIX = "tiles"
-SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SUM_ARGUMENTS, DEQUANTIZE_ARGUMENTS = 5, 8
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """A tiled weight's `Packed.layout`, parsed. Tensors: codes, zeros, scales and, with a bias, float32 bias."""
+class Tiling:
+    """How the weight of a layout is cut. Its tensors: codes, zeros, scales and, with a bias, float32 bias."""
 
-    in_features: int
-    out_features: int
-    group_size: int
-    dtype: torch.dtype
-    scale_dtype: torch.dtype
-    bias_dtype: torch.dtype | None
-    kernel: str
-
-    def __str__(self) -> str:
-        parts = [PREFIX, self.in_features, self.out_features, self.group_size]
-        parts += [_name(self.dtype), _name(self.scale_dtype), _name(self.bias_dtype), self.kernel]
-        return " ".join(map(str, parts))
+    strips: int
+    tiles: int
+    groups: int  # that the kernels see
+    repeats: int  # of them, that share one of the weight's groups
+    kind: Kind
 
     @staticmethod
-    def parse(text: str) -> Layout:
-        _, k, n, g, dtype, scale_dtype, bias_dtype, kernel = text.split()
-        bias = DTYPES.get(bias_dtype)
-        return Layout(int(k), int(n), int(g), DTYPES[dtype], DTYPES[scale_dtype], bias, kernel)
-
-    @property
-    def kernel_group_size(self) -> int:
-        return packing.kernel_group_size(self.in_features, self.group_size)
-
-    @property
-    def strips(self) -> int:
-        return -(-self.out_features // STRIP)
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.in_features // TILE_DEPTH)
-
-    @property
-    def groups(self) -> int:
-        return self.tiles * TILE_DEPTH // self.kernel_group_size
-
-    @property
-    def repeats(self) -> int:
-        """Kernel groups that share one of the weight's groups."""
-        return max(1, self.group_size // self.kernel_group_size)
-
-    @property
-    def kind(self) -> Kind:
-        return Kind(self.dtype == torch.float16, SCALE_KINDS[self.scale_dtype], self.kernel_group_size)
+    def of(layout: Layout) -> Tiling:
+        group_size = packing.kernel_group_size(layout.in_features, layout.group_size)
+        tiles = -(-layout.in_features // TILE_DEPTH)
+        return Tiling(
+            strips=-(-layout.out_features // STRIP),
+            tiles=tiles,
+            groups=tiles * TILE_DEPTH // group_size,
+            repeats=max(1, layout.group_size // group_size),
+            kind=Kind.of(layout, group_size),
+        )
 
 
 def pack(weight: AwqWeight, spec: LinearSpec) -> Packed:
     """`weight` in tiles, on its own device."""
-    bias_dtype = None if weight.bias is None else weight.bias.dtype
-    layout = Layout(
-        spec.in_features, spec.out_features, spec.group_size, spec.dtype, weight.scales.dtype, bias_dtype, spec.kernel
-    )
+    layout = Layout.of(PREFIX, weight, spec)
+    cut = Tiling.of(layout)
     tensors = [
         packing.pack_codes(weight.codes),
-        packing.pack_zeros(weight.zeros, layout.repeats, layout.groups),
-        packing.pack_scales(weight.scales, layout.repeats, layout.groups),
+        packing.pack_zeros(weight.zeros, cut.repeats, cut.groups),
+        packing.pack_scales(weight.scales, cut.repeats, cut.groups),
     ]
     if weight.bias is not None:
         tensors.append(weight.bias.float().contiguous())
@@ -95,11 +66,11 @@ def unpack(packed: Packed) -> AwqWeight:
     """The exact inverse of `pack`."""
     layout = Layout.parse(packed.layout)
     codes, zeros, scales, *bias = packed.tensors
-    groups = layout.in_features // layout.group_size
+    repeats, groups = Tiling.of(layout).repeats, layout.in_features // layout.group_size
     return AwqWeight(
         packing.unpack_codes(codes, layout.in_features, layout.out_features),
-        packing.unpack_zeros(zeros, layout.repeats, groups, layout.out_features),
-        packing.unpack_scales(scales, layout.repeats, groups, layout.out_features),
+        packing.unpack_zeros(zeros, repeats, groups, layout.out_features),
+        packing.unpack_scales(scales, repeats, groups, layout.out_features),
         bias[0].to(layout.bias_dtype) if bias and layout.bias_dtype is not None else None,
     )
 
@@ -120,12 +91,14 @@ class TiledLinear:
 
     def __init__(self, layout: Layout, device_index: int) -> None:
         self.layout = layout
+        self.tiling = Tiling.of(layout)
+        self.kind = self.tiling.kind
         self.device_index = device_index
         self.target = target_of(device_index)
         self.arch = target(f"sm_{self.target.arch}")
         self._gemm: dict[int, tuple[Variant | Ring, Kernel, Kernel | None]] = {}
         self._launches: dict[int, Launch] = {}
-        self._more_steps = selection_ring.row_steps(layout.kind, self.target)
+        self._more_steps = selection_ring.row_steps(self.kind, self.target)
         self._dequantize_from = 1 << 62
         if layout.kernel == "auto" and not self._more_steps:
             self._dequantize_from = selection.DEQUANTIZE_FROM
@@ -136,14 +109,19 @@ class TiledLinear:
 
     def steps(self) -> list[int]:
         """The numbers of rows that this layout's family chooses a variant for."""
-        return sorted({self._step(m) for m in selection.ROW_STEPS + self._more_steps})
+        return sorted({self.step(m) for m in selection.ROW_STEPS + self._more_steps})
 
-    def _step(self, m: int) -> int:
+    def step(self, m: int) -> int:
+        """The number of rows that is chosen for where there are `m`."""
         return selection.row_step(m, self.layout.kernel, self._more_steps)
+
+    def by_blas(self, m: int) -> bool:
+        """Whether a product of `m` rows dequantises the weight for torch's BLAS."""
+        return m >= self._dequantize_from
 
     def programs(self) -> list[Program]:
         """Every program that `linear` may need."""
-        kind = self.layout.kind
+        kind = self.kind
         found = [variant.program(kind, self.arch) for variant in self.variants()]
         found += [gemm.sum_program(kind, v.split, self.arch) for v in self.variants() if v.to_partials]
         if self.layout.kernel == "auto":
@@ -156,12 +134,12 @@ class TiledLinear:
         for step in self.steps():
             self._gemm_kernels(step)
         if self.layout.kernel == "auto":
-            load_dequantize(self.layout.kind, self.device_index)
+            load_dequantize(self.kind, self.device_index)
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         """`x` [M, K], contiguous and 16-byte aligned -> [M, N]. The device is current."""
         m = x.shape[0]
-        if m >= self._dequantize_from:
+        if self.by_blas(m):
             return self._by_blas(x, packed)
         y = torch.empty(m, self.layout.out_features, dtype=x.dtype, device=x.device)
         if m == 0:
@@ -207,9 +185,9 @@ class TiledLinear:
     def _launch(self, m: int) -> Launch:
         """What a product of `m` rows needs beside its tensors; kept, because finding it costs as much as a launch."""
         layout = self.layout
-        variant, kernel, adder = self._gemm_kernels(self._step(m))
+        variant, kernel, adder = self._gemm_kernels(self.step(m))
         depth = () if isinstance(variant, Ring) else (layout.in_features,)
-        sizes = (m, layout.out_features, *depth, layout.strips, layout.tiles, layout.groups)
+        sizes = (m, layout.out_features, *depth, self.tiling.strips, self.tiling.tiles, self.tiling.groups)
         launch = Launch(variant, kernel, variant.shape(m, layout.out_features), sizes, adder)
         self._launches[m] = launch
         return launch
@@ -223,8 +201,8 @@ class TiledLinear:
         codes, zeros, *_ = packed.tensors
         layout = self.layout
         w = torch.empty(layout.out_features, layout.in_features, dtype=dtype, device=codes.device)
-        load_dequantize(layout.kind, self.device_index).launch(
-            dequantize.shape(layout.strips, layout.tiles),
+        load_dequantize(self.kind, self.device_index).launch(
+            dequantize.shape(self.tiling.strips, self.tiling.tiles),
             current_stream(self.device_index),
             codes.data_ptr(),
             scales.data_ptr(),
@@ -232,8 +210,8 @@ class TiledLinear:
             w.data_ptr(),
             layout.out_features,
             layout.in_features,
-            layout.tiles,
-            layout.groups,
+            self.tiling.tiles,
+            self.tiling.groups,
         )
         return w
 
@@ -256,11 +234,11 @@ class TiledLinear:
 
     def variant(self, step: int) -> Variant | Ring:
         """The variant that serves the number of rows `step`."""
-        return selection.choose(step, self.layout.strips, self.layout.tiles, self.layout.kind, self.target)
+        return selection.choose(step, self.tiling.strips, self.tiling.tiles, self.kind, self.target)
 
     def _gemm_kernels(self, step: int) -> tuple[Variant | Ring, Kernel, Kernel | None]:
         if step not in self._gemm:
-            self._gemm[step] = load(self.variant(step), self.layout.kind, self.device_index)
+            self._gemm[step] = load(self.variant(step), self.kind, self.device_index)
         return self._gemm[step]
 
 
@@ -305,7 +283,3 @@ def target_of(device_index: int) -> selection.Target:
         properties.shared_memory_per_multiprocessor,
         properties.max_threads_per_multi_processor,
     )
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -31,6 +31,7 @@ class Shape:
 
     grid: tuple[int, int, int]
     threads: int
+    shared_bytes: int = 0  # beside what the kernel declares
 
 
 class Kernel:
@@ -55,7 +56,7 @@ class Kernel:
             slots, pointers = self._new_block()
         slots[:] = arguments
         answer = runtime().hipModuleLaunchKernel(
-            self.function, *shape.grid, shape.threads, 1, 1, 0, stream, pointers, None
+            self.function, *shape.grid, shape.threads, 1, 1, shape.shared_bytes, stream, pointers, None
         )
         checked(answer, f"launching {self.name} with {shape}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from awq_rt.packing import Kind
 from awq_rt.rtc import Program
 
 from .driver import Shape
@@ -13,18 +14,6 @@ from .packing import STRIP
 KERNELS = Path(__file__).parent / "kernels"
 DEQUANTIZE_THREADS, TILES_A_BLOCK = 256, 4
 GEMM_ARGUMENTS, DEQUANTIZE_ARGUMENTS = 10, 7
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a weight and its activations fix when a kernel is compiled."""
-
-    half: bool  # activations are float16, else bfloat16
-    scale_kind: int  # 0 float16, 1 bfloat16, 2 float32
-    group_size: int  # packing.kernel_group_size
-
-    def defines(self) -> dict[str, str | int]:
-        return {"ACTIVATION_HALF": int(self.half), "SCALE_KIND": self.scale_kind, "GROUP_SIZE": self.group_size}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
-from awq_rt.devices import Refusal
+from awq_rt.devices import Refusal, Tool
 
-from . import driver, hiprtc
+from . import driver, hiprtc, libraries
 
 INSTALL_TORCH = "install torch for ROCm (https://pytorch.org/get-started/locally/)"
 OLDEST = (6, 0)
@@ -35,3 +38,13 @@ def missing() -> Refusal | None:
     except Exception as error:
         return Refusal("AWQ-ROCM-021", str(error), "install or update ROCm")
     return None
+
+
+def tools() -> tuple[Tool, ...]:
+    """hipRTC and the HIP runtime, and where they are looked for. Kernels include no header but their own."""
+    root = str(libraries.torch_root() or os.environ.get(libraries.SEARCH, "where hip-python finds them"))
+    return (
+        Tool("hipRTC", hiprtc.Hiprtc().version.removeprefix("hiprtc "), root),
+        Tool("HIP runtime", ".".join(map(str, driver.version())), root),
+        Tool("headers", "none but the kernels' own", str(Path(__file__).parent / "kernels")),
+    )

@@ -7,7 +7,9 @@ its memory: there the vector kernel serves the fewest rows, because it computes 
 
 from __future__ import annotations
 
-from .kernel import Kind, Variant
+from awq_rt.packing import Kind
+
+from .kernel import Variant
 from .packing import TILE_DEPTH
 from .targets import Architecture
 
@@ -33,9 +35,13 @@ STRIPS = {
 }
 
 
-def matrix_unit(kind: Kind, architecture: Architecture) -> str:
-    """The matrix unit that can serve, or "": the lanes of an instruction hold 32 consecutive k, which share a group."""
-    return architecture.matrix if kind.group_size % 32 == 0 else ""
+def matrix_unit(kind: Kind, kernel: str, architecture: Architecture) -> str:
+    """The matrix unit that serves in the family `kernel`, or "".
+
+    The lanes of an instruction hold 32 consecutive k. Where those have several groups, every weight must be scaled,
+    which costs more than it brings for few rows: only who asks for the unit gets it there.
+    """
+    return architecture.matrix if kind.group_size % 32 == 0 or kernel == "gemm" else ""
 
 
 def step(m: int, kernel: str, unit: str) -> int:
@@ -50,11 +56,6 @@ def variant(rows: int, tiles: int, unit: str) -> Variant:
     if rows in GEMV_STEPS:
         return Variant("gemv", rows, waves=_waves(8, tiles), depth=2)
     return Variant("gemm", rows, waves=_waves(4, tiles), strips=STRIPS[unit, rows])
-
-
-def dequantizes(m: int, kernel: str, unit: str) -> bool:
-    """Whether a product of `m` rows goes to torch's BLAS."""
-    return kernel == "auto" and m >= DEQUANTIZE_FROM[unit]
 
 
 def tiles_of(in_features: int) -> int:

@@ -3,79 +3,48 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from awq_rt.backend import LinearSpec, Packed, Prepared
-from awq_rt.errors import UnsupportedDevice
-from awq_rt.rtc import Builder, Program
+from awq_rt.backend import LinearSpec, Packed
+from awq_rt.packing import Kind, Layout
+from awq_rt.rtc import Program
 from awq_rt.weights import AwqWeight
 
-from . import kernel, packing, selection, targets
-from .driver import Kernel, Shape, current_stream
-from .hiprtc import Hiprtc
-from .kernel import Kind, Variant
+from . import device, driver, kernel, packing, selection
+from .driver import Kernel, Shape
+from .kernel import Variant
 
 PREFIX = "tiles"
-SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """A tiled weight's `Packed.layout`, parsed. Tensors: codes, groups and, with a bias, float32 bias."""
+class Tiling:
+    """How the weight of a layout is cut. Its tensors: codes, groups and, with a bias, float32 bias."""
 
-    in_features: int
-    out_features: int
-    group_size: int
-    dtype: torch.dtype
-    scale_dtype: torch.dtype
-    bias_dtype: torch.dtype | None
-    kernel: str
-
-    def __str__(self) -> str:
-        parts = [PREFIX, self.in_features, self.out_features, self.group_size]
-        parts += [_name(self.dtype), _name(self.scale_dtype), _name(self.bias_dtype), self.kernel]
-        return " ".join(map(str, parts))
+    strips: int
+    tiles: int
+    groups: int  # that the kernels see
+    kind: Kind
 
     @staticmethod
-    def parse(text: str) -> Layout:
-        _, k, n, g, dtype, scale_dtype, bias_dtype, family = text.split()
-        bias = DTYPES.get(bias_dtype)
-        return Layout(int(k), int(n), int(g), DTYPES[dtype], DTYPES[scale_dtype], bias, family)
-
-    @staticmethod
-    def of(spec: LinearSpec, scale_dtype: torch.dtype, bias_dtype: torch.dtype | None) -> Layout:
-        sizes = (spec.in_features, spec.out_features, spec.group_size)
-        return Layout(*sizes, spec.dtype, scale_dtype, bias_dtype, spec.kernel)
-
-    @property
-    def strips(self) -> int:
-        return -(-self.out_features // packing.STRIP)
-
-    @property
-    def tiles(self) -> int:
-        return selection.tiles_of(self.in_features)
-
-    @property
-    def groups(self) -> int:
-        return packing.group_count(self.in_features, self.group_size)
-
-    @property
-    def kind(self) -> Kind:
-        group_size = packing.kernel_group_size(self.in_features, self.group_size)
-        return Kind(self.dtype == torch.float16, SCALE_KINDS[self.scale_dtype], group_size)
+    def of(layout: Layout) -> Tiling:
+        return Tiling(
+            strips=-(-layout.out_features // packing.STRIP),
+            tiles=selection.tiles_of(layout.in_features),
+            groups=packing.group_count(layout.in_features, layout.group_size),
+            kind=Kind.of(layout, packing.kernel_group_size(layout.in_features, layout.group_size)),
+        )
 
 
 def pack(weight: AwqWeight, spec: LinearSpec) -> Packed:
     """`weight` in tiles, on its own device."""
-    layout = Layout.of(spec, weight.scales.dtype, None if weight.bias is None else weight.bias.dtype)
+    layout = Layout.of(PREFIX, weight, spec)
     tensors = [
         packing.pack_codes(weight.codes, weight.zeros),
-        packing.pack_groups(weight.scales, weight.zeros, layout.groups),
+        packing.pack_groups(weight.scales, weight.zeros, Tiling.of(layout).groups),
     ]
     if weight.bias is not None:
         tensors.append(weight.bias.float().contiguous())
@@ -111,8 +80,14 @@ class TiledLinear:
     def __init__(self, layout: Layout, device_index: int) -> None:
         self.layout = layout
         self.device_index = device_index
-        self.architecture = architecture_of(device_index)
-        self.unit = selection.matrix_unit(layout.kind, self.architecture)
+        self.architecture = device.architecture_of(device_index)
+        self.tiling = Tiling.of(layout)
+        self.kind = self.tiling.kind
+        self.unit = selection.matrix_unit(self.kind, layout.kernel, self.architecture)
+        # Where a column has one group it has 16 different weights. Rounded, they would all err alike, and the errors of K
+        # add up to more than the bound where x has a mean: the kernels multiply the integers instead.
+        by_blas = layout.kernel == "auto" and layout.group_size != layout.in_features
+        self._dequantize_from = selection.DEQUANTIZE_FROM[self.unit] if by_blas else 1 << 62
         self._launches: dict[int, Launch] = {}
 
     def variants(self) -> list[Variant]:
@@ -122,7 +97,7 @@ class TiledLinear:
 
     def programs(self) -> list[Program]:
         """Every program that `linear` may need."""
-        kind, arch = self.layout.kind, self.architecture.name
+        kind, arch = self.kind, self.architecture.name
         found = [variant.program(kind, arch) for variant in self.variants()]
         if self.layout.kernel == "auto":
             found.append(kernel.dequantize_program(kind, arch))
@@ -130,16 +105,16 @@ class TiledLinear:
 
     def build(self) -> None:
         """Compile and load all that `linear` may need."""
-        builder().machine_codes(self.programs())
+        device.builder().machine_codes(self.programs())
         for variant in self.variants():
-            load(variant, self.layout.kind, self.architecture.name, self.device_index)
+            load(variant, self.kind, self.architecture.name, self.device_index)
         if self.layout.kernel == "auto":
-            load_dequantize(self.layout.kind, self.architecture.name, self.device_index)
+            load_dequantize(self.kind, self.architecture.name, self.device_index)
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         """`x` [M, K], contiguous and 16-byte aligned -> [M, N]. The device is current."""
         m = x.shape[0]
-        if selection.dequantizes(m, self.layout.kernel, self.unit):
+        if m >= self._dequantize_from:
             return self._by_blas(x, packed)
         y = torch.empty(m, self.layout.out_features, dtype=x.dtype, device=x.device)
         if m == 0:
@@ -148,7 +123,7 @@ class TiledLinear:
         launch = self._launches.get(m) or self._launch(m)
         launch.kernel.launch(
             launch.shape,
-            current_stream(self.device_index),
+            driver.current_stream(self.device_index),
             codes.data_ptr(),
             constants.data_ptr(),
             bias[0].data_ptr() if bias else 0,
@@ -163,16 +138,16 @@ class TiledLinear:
         codes, constants, *_ = packed.tensors
         layout = self.layout
         w = torch.empty(layout.out_features, layout.in_features, dtype=dtype, device=codes.device)
-        load_dequantize(layout.kind, self.architecture.name, self.device_index).launch(
-            kernel.dequantize_shape(layout.strips, layout.tiles),
-            current_stream(self.device_index),
+        load_dequantize(self.kind, self.architecture.name, self.device_index).launch(
+            kernel.dequantize_shape(self.tiling.strips, self.tiling.tiles),
+            driver.current_stream(self.device_index),
             codes.data_ptr(),
             constants.data_ptr(),
             w.data_ptr(),
             layout.out_features,
             layout.in_features,
-            layout.tiles,
-            layout.groups,
+            self.tiling.tiles,
+            self.tiling.groups,
         )
         return w
 
@@ -187,37 +162,29 @@ class TiledLinear:
 
     def _variant(self, m: int) -> Variant:
         rows = selection.step(m, self.layout.kernel, self.unit)
-        return selection.variant(rows, self.layout.tiles, self.unit)
+        return selection.variant(rows, self.tiling.tiles, self.unit)
 
     def _launch(self, m: int) -> Launch:
         """What a product of `m` rows needs beside its tensors; kept, because finding it costs as much as a launch."""
         layout, variant = self.layout, self._variant(m)
         shape = variant.shape(m, layout.out_features, self.architecture.wave_size)
-        sizes = (m, layout.out_features, layout.in_features, layout.tiles, layout.groups)
-        launch = Launch(load(variant, layout.kind, self.architecture.name, self.device_index), shape, sizes)
+        sizes = (m, layout.out_features, layout.in_features, self.tiling.tiles, self.tiling.groups)
+        launch = Launch(load(variant, self.kind, self.architecture.name, self.device_index), shape, sizes)
         self._launches[m] = launch
         return launch
-
-
-def warmup(layouts: list[Layout], device_index: int) -> Iterator[Prepared]:
-    """Compile all that `layouts` need on the device, each kernel once."""
-    plans = [plan(str(layout), device_index) for layout in layouts]
-    programs = list(dict.fromkeys(program for its in plans for program in its.programs()))
-    for done, built in enumerate(builder().build(programs), start=1):
-        yield Prepared(str(built.program), built.compiled, done, len(programs))
 
 
 @functools.cache
 def load(variant: Variant, kind: Kind, arch: str, device_index: int) -> Kernel:
     """`variant` compiled and loaded."""
-    code = builder().machine_code(variant.program(kind, arch))
+    code = device.builder().machine_code(variant.program(kind, arch))
     return Kernel(code, variant.entry, device_index, kernel.GEMM_ARGUMENTS)
 
 
 @functools.cache
 def load_dequantize(kind: Kind, arch: str, device_index: int) -> Kernel:
     """The kernel of dequantize.hip compiled and loaded."""
-    code = builder().machine_code(kernel.dequantize_program(kind, arch))
+    code = device.builder().machine_code(kernel.dequantize_program(kind, arch))
     return Kernel(code, "dequantize_tiles", device_index, kernel.DEQUANTIZE_ARGUMENTS)
 
 
@@ -225,25 +192,3 @@ def load_dequantize(kind: Kind, arch: str, device_index: int) -> Kernel:
 def plan(layout: str, device_index: int) -> TiledLinear:
     """The plan for a `Packed.layout`."""
     return TiledLinear(Layout.parse(layout), device_index)
-
-
-@functools.cache
-def builder() -> Builder:
-    return Builder(Hiprtc())
-
-
-@functools.cache
-def architecture_of(device_index: int) -> targets.Architecture:
-    """Raises `UnsupportedDevice` for a GPU that the kernels do not run on."""
-    properties = torch.cuda.get_device_properties(device_index)
-    found = targets.architecture(properties.gcnArchName)
-    if found is None or properties.warp_size != found.wave_size:
-        raise UnsupportedDevice(
-            f"cuda:{device_index} is {properties.gcnArchName} with waves of {properties.warp_size} lanes, which the "
-            f"kernels are not written for; use backend='reference' [{targets.OVERRIDE} may be set]"
-        )
-    return found
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from awq_rt import kernels
 from awq_rt.rtc import Program
 
 from ..driver import Kernel, Shape, current_stream
@@ -31,8 +32,11 @@ def bits(value: float) -> int:
 
 
 def program(name: str, arch: str, defines: Mapping[str, str | int]) -> Program:
-    """`kernels/NAME.cu`, whose one kernel has the same name."""
-    return Program.from_file(KERNELS / f"{name}.cu", arch, defines)
+    """`NAME.cu` of `kernels/`, or of the core's; its one kernel has the same name."""
+    own = KERNELS / f"{name}.cu"
+    if own.exists():
+        return Program.from_file(own, arch, defines, folders=(kernels.SOURCES,))
+    return kernels.program(name, arch, defines, KERNELS)
 
 
 def load(name: str, defines: Mapping[str, str | int], arguments: int, device_index: int) -> Kernel:

@@ -39,7 +39,7 @@ def rope_append(
     if not serves_call(qkv, first, k_cache, v_cache, spec, tensors):
         return NotImplemented
     batch, count, _ = qkv.shape
-    q = qkv.new_empty(batch, spec.heads, count, spec.head_dim)
+    q = qkv.new_empty(batch, count, spec.heads, spec.head_dim)  # as attention is to write its result
     if q.numel():
         index = qkv.get_device()
         order.wrote(index, k_cache.data_ptr())
@@ -61,4 +61,4 @@ def rope_append(
             count,
             bits(spec.norm_eps or 0.0),
         )
-    return q
+    return q.transpose(1, 2)

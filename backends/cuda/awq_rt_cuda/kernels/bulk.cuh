@@ -83,6 +83,14 @@ __device__ __forceinline__ void send_2(u32 shared, float a, float b, u32 barrier
         :: "r"(shared), "f"(a), "f"(b), "r"(barrier), "r"(rank) : "memory");
 }
 
+// The same with four.
+__device__ __forceinline__ void send_4(u32 shared, float4 v, u32 barrier, u32 rank) {
+    asm volatile(
+        "{.reg .b32 to, at; mapa.shared::cluster.u32 to, %0, %6; mapa.shared::cluster.u32 at, %5, %6; "
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%1, %2, %3, %4}, [at];}"
+        :: "r"(shared), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier), "r"(rank) : "memory");
+}
+
 // Shared memory written by this thread before it is visible to the copy engine after it.
 __device__ __forceinline__ void before_bulk_copy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -15,14 +15,15 @@ extern "C" __global__ void __launch_bounds__(kWarps * kLanes) dequantize_tiles(
     u32 n, u32 k, u32 tiles, u32 groups) {
     __shared__ __align__(16) char rows[kWarps][kStrip][kRowBytes];
     const u32 lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, row = lane / 4, quad = lane % 4;
-    const u32 strip = blockIdx.y, index = blockIdx.x * kWarps + warp;
+    const u32 strip = blockIdx.z * gridDim.y + blockIdx.y, index = blockIdx.x * kWarps + warp;
     Tile tile;
     StripReader<1> reader;
     reader.start(codes, scales, zeros, strip, index, tiles, groups, lane);
-    if (index < tiles) reader.read(tile, index, 0);
+    const bool mine = index < tiles && strip * kStrip < n;  // the grid is rounded up in all its dimensions
+    if (mine) reader.read(tile, index, 0);
     let_next_kernel_start();
     wait_for_earlier_kernels();  // `w` may be memory that an earlier kernel still reads
-    if (index >= tiles) return;
+    if (!mine) return;
 
 #pragma unroll
     for (int j = 0; j < kSteps; j++) {

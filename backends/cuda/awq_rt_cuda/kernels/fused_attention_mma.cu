@@ -11,7 +11,7 @@
 //       instruction i takes the i-th of each 8
 //
 // Shares are multiplied as two 16-bit floats each, high and low: their rounding would else be seen in the result.
-#include "fused_attention.cuh"
+#include "fused_mma.cuh"
 
 constexpr int kPositions = 16;                       // of a wave's turn
 constexpr int kKeyLoads = (kHeadDim + 31) / 32;      // of 16 bytes, of each of a lane's two positions

@@ -4,13 +4,15 @@
 // only add a copy. Its columns are the unit's rows, so that 8 rows of x already fill an instruction. x goes through a
 // ring in shared memory that the warps of a depth group share.
 //
-//   grid   x: blocks of kWarpsN * kStrips strips, times kSplit parts of the depth; y: kRows rows of x each
+//   grid   x: blocks of kWarpsN * kStrips strips, times kSplit parts of the depth; y and z: kRows rows of x each
 //   block  kWarpsK depth groups of kWarpsN warps; a warp has kStrips strips. Depth group g of part p takes the tiles
 //          p * kWarpsK + g, then every (kSplit * kWarpsK)th
-//   sums   lane registers, depth groups through shared memory, parts through the cluster's shared memory or, before
-//          sm_90, float32 partials that sum_parts.cu adds: always in the same order, so results repeat bit for bit
+//   sums   lane registers, depth groups through shared memory, parts by sending them to the block of the cluster that
+//          adds them or, before sm_90, as float32 partials that sum_parts.cu adds: always in the same order, so results
+//          repeat bit for bit
 #pragma once
 
+#include "bulk.cuh"
 #include "tile.cuh"
 
 constexpr int kRows = ROWS;        // of x and y that a block computes: 1, 2, 4, or a multiple of 8
@@ -31,6 +33,17 @@ constexpr int kSlots = kDepth;                         // of x's ring, a tile's 
 constexpr int kSlotBytes = kRows * kTileDepth * 2;
 constexpr int kAhead = kWarpsN == 1 ? kDepth : kDepth - 1;  // a warp alone refills a slot at once, others a turn later
 constexpr int kSumStride = kColumns + 4;               // floats; 4 more spread a fragment's rows over all banks
+constexpr int kQuads = kRows * kColumns / 4;           // of a block's sums: four columns of a row
+
+// Parts of the depth meet in the cluster: quad q of the sums is added up by part q % kSplit, in whose shared memory the
+// others put theirs, past what the multiplication uses.
+constexpr bool kMeet = kSplit > 1 && !kToPartials;
+constexpr int kOwnQuads = (kQuads + kSplit - 1) / kSplit;
+constexpr int kRingBytes = kWarpsK * kSlots * kSlotBytes, kSumBytes = kWarpsK * kRows * kSumStride * 4;
+constexpr int kReceivedAt = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;  // [kSplit, kOwnQuads] float4
+constexpr int kArrivedAt = kReceivedAt + kSplit * kOwnQuads * 16;             // the barrier that counts their bytes
+static_assert(kWarpsN == 1 || kDepth > 1, "warps that share a ring read one slot while another is filled");
+static_assert(!kMeet || kArrivedAt + 8 <= SHARED_BYTES, "gemm.py counts the same bytes");
 
 // The end of a group: its scale, and its sums from 0 again.
 __device__ __forceinline__ void add_group(float (&sums)[4], float (&sum)[4], ScalePair scales) {
@@ -61,9 +74,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) KERNEL_NAME(
     extern __shared__ __align__(1024) char shared[];  // the swizzle of wgmma counts from multiples of 1024
     const u32 lane = threadIdx.x % kLanes, row = lane / 4, quad = lane % 4;
     const u32 warp = threadIdx.x / kLanes, warp_n = warp % kWarpsN, depth_group = warp / kWarpsN;
-    const u32 part = blockIdx.x % kSplit, first_row = blockIdx.y * kRows;
+    const u32 part = blockIdx.x % kSplit, first_row = (blockIdx.z * gridDim.y + blockIdx.y) * kRows;
     const u32 first_strip = (blockIdx.x / kSplit * kWarpsN + warp_n) * kStrips;
-    const u32 rows = min(m - first_row, (u32)kRows);
     const u32 first_tile = part * kWarpsK + depth_group;
     auto group_barrier = [&] {
         if (kWarpsN == 1)
@@ -87,8 +99,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) KERNEL_NAME(
     };
 #pragma unroll
     for (int d = 0; d < kDepth; d++) fetch_weight(d, first_tile + d * kTileStep, d);
+#if __CUDA_ARCH__ >= 900
+    const u32 received = shared_address(shared) + kReceivedAt, arrived = shared_address(shared) + kArrivedAt;
+    if (kMeet) {
+        if (threadIdx.x == 0) {
+            barrier_init(arrived, 1);
+            barrier_init_fence();
+            barrier_arrive_expecting(arrived, kSplit * ((kQuads - part + kSplit - 1) / kSplit) * 16);
+        }
+        cluster_arrive_relaxed();
+    }
+#endif
     let_next_kernel_start();
     wait_for_earlier_kernels();
+    if (first_row >= m) return;  // y times z may be more than there are
+    const u32 rows = min(m - first_row, (u32)kRows);
 
     // Loading x: rows of 128 bytes in 8 chunks; chunk c of row r lies at c ^ r % 8, so that 8 rows share no bank.
     // A thread copies the same chunk of every kCopyRows-th row. Past the end of x's rows come zeros, as W has there.
@@ -150,7 +175,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) KERNEL_NAME(
             }
     __syncthreads();
 
-    constexpr int kQuads = kRows * kColumns / 4;  // of columns: float4 in, 8 bytes out
     const u32 first_column = blockIdx.x / kSplit * kColumns;
     float* total = reinterpret_cast<float*>(shared);
     auto group_sum = [&](u32 at) {
@@ -185,23 +209,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) KERNEL_NAME(
         return;
     }
 #if __CUDA_ARCH__ >= 900
-    if (kWarpsK > 1) {
-        for (u32 q = threadIdx.x; q < kQuads; q += kThreads) {
-            u32 at = q / (kColumns / 4) * kSumStride + q % (kColumns / 4) * 4;
-            *reinterpret_cast<float4*>(total + at) = group_sum(at);
-        }
-    }
-    cluster_barrier();
-    for (u32 q = part * kThreads + threadIdx.x; q < kQuads; q += kSplit * kThreads) {
-        u32 r = q / (kColumns / 4), column = q % (kColumns / 4) * 4;
+    cluster_wait_relaxed();  // every block's barrier is there
+    for (u32 q = threadIdx.x; q < kQuads; q += kThreads)
+        send_4(received + (part * kOwnQuads + q / kSplit) * 16,
+               group_sum(q / (kColumns / 4) * kSumStride + q % (kColumns / 4) * 4), arrived, q % kSplit);
+    barrier_wait(arrived, 0);  // no block ends before the others have sent it theirs
+    for (u32 own = threadIdx.x; own * kSplit + part < kQuads; own += kThreads) {
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int p = 0; p < kSplit; p++) {
-            float4 more = load_cluster_4(shared_address(total + r * kSumStride + column), p);
+            const float4 more = *reinterpret_cast<float4*>(shared + kReceivedAt + (p * kOwnQuads + own) * 16);
             sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
         }
-        write(r, first_column + column, sum);
+        const u32 q = own * kSplit + part;
+        write(q / (kColumns / 4), first_column + q % (kColumns / 4) * 4, sum);
     }
-    cluster_barrier_relaxed();  // no block ends while another may still read its shared memory
 #endif
 }

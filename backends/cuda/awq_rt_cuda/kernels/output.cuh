@@ -50,9 +50,9 @@ __device__ __forceinline__ void write_sums(
 }
 
 constexpr int kPairs = kStrips * (kRows / 8) * 2;  // of a thread's sums: two rows of x, one column
-constexpr int kOwnPairs = kPairs / kSplit;         // that a part adds up and writes
+constexpr int kOwnPairs = (kPairs + kSplit - 1) / kSplit;  // that a part adds up and writes; the last may have fewer
 constexpr int kConsumerThreads = kConsumerWarps * kLanes;
-static_assert(kPairs % kSplit == 0, "each part writes as much");
+static_assert(kOwnPairs * (kSplit - 1) < kPairs, "every part has some");
 
 // Adds the sums of the cluster's kSplit parts, in the order of the parts. Each part writes its share of every warp's
 // pairs: the others send it theirs, to where its ring was.
@@ -64,7 +64,8 @@ __device__ __forceinline__ void write_parts(
     u32 m, u32 n, u32 first_row, u32 strip,  // of this warp
     u32 part, u32 neighbour) {
     const u32 lane = threadIdx.x % kLanes, arrived = ring.base + kPartsAt, place = ring.base + kXAt + threadIdx.x * 8;
-    if (threadIdx.x == 0) barrier_arrive_expecting(arrived, kPairs * kConsumerThreads * 8);
+    const u32 own_pairs = min((u32)kOwnPairs, kPairs - part * kOwnPairs);
+    if (threadIdx.x == 0) barrier_arrive_expecting(arrived, kSplit * own_pairs * kConsumerThreads * 8);
     cluster_barrier_relaxed();  // no ring is read any more
 #pragma unroll
     for (int i = 0; i < kPairs; i++) {
@@ -75,6 +76,7 @@ __device__ __forceinline__ void write_parts(
     barrier_wait(arrived, 0);
 #pragma unroll
     for (int own = 0; own < kOwnPairs; own++) {
+        if (own >= own_pairs) break;
         const u32 i = part * kOwnPairs + own, r = i / 2 % (kRows / 8);
         const u32 first_column = (strip + i / 2 / (kRows / 8)) * kStrip + i % 2 * 8;
         float2 sum = make_float2(0.0f, 0.0f);

@@ -171,23 +171,16 @@ __device__ __forceinline__ void barrier(u32 name, u32 threads) {
 }
 
 #if __CUDA_ARCH__ >= 900
-// All blocks of the cluster arrive; shared-memory writes before it are visible to all of them after it.
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// A barrier of all threads of the cluster in two halves, without order among memory accesses, which would cost as much
+// as a trip to device memory.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
-// The same without order among memory accesses, which costs as much as a trip to device memory.
+__device__ __forceinline__ void cluster_wait_relaxed() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
 __device__ __forceinline__ void cluster_barrier_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// A float4 from the shared memory of block `rank` of the cluster, at the place that `address` is in our own.
-__device__ __forceinline__ float4 load_cluster_4(u32 address, u32 rank) {
-    u32 remote;
-    float4 d;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(d.x), "=f"(d.y), "=f"(d.z), "=f"(d.w) : "r"(remote) : "memory");
-    return d;
+    cluster_arrive_relaxed();
+    cluster_wait_relaxed();
 }
 #endif

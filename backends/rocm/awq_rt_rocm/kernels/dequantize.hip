@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) dequantize_tiles(
         words4 eight;
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            eight[i] = activation_of_float((float)pairs[i].x * scale) | (u32)activation_of_float((float)pairs[i].y * scale) << 16;
+            eight[i] = activations_of_floats((float)pairs[i].x * scale, (float)pairs[i].y * scale);
         if (depth < k) *reinterpret_cast<words4*>(w + (u64)place * k + depth) = eight;
     }
 }

@@ -2,7 +2,8 @@
 //
 // A wave takes ROWS rows of x and STRIPS strips of W, and of their tiles every WAVES-th; the waves' sums meet in shared
 // memory. Codes go from device memory to registers and straight into the unit as small integers, exact in either
-// type; x comes from the caches, an operand a load. Sums of a group are scaled once they are complete.
+// type; x comes from the caches, an operand a load. Sums of a group are scaled once they are complete; groups that end
+// between the lanes of an instruction have their weights scaled instead.
 //
 // There is no packed arithmetic on bfloat16 that would take the zero point off. A code becomes 16 + c there, and what is
 // too much, 16 + z times the sum of x over the group, is taken off the group's sums; the unit adds x up too.
@@ -61,8 +62,11 @@ struct Block {
                 for (u32 s = 0; s < kStrips; s++) {
                     words4 w[kUnitChunks];
 #pragma unroll
-                    for (u32 c = 0; c < kUnitChunks; c++)
-                        w[c] = operands_of_word(under.chunks[s][c].words[word], under.chunks[s][c].groups[group]);
+                    for (u32 c = 0; c < kUnitChunks; c++) {
+                        const Chunk& chunk = under.chunks[s][c];
+                        w[c] = kScaleWeights ? weights_of_word(chunk.words[word], chunk.groups[group])
+                                             : operands_of_word(chunk.words[word], chunk.groups[group]);
+                    }
 #pragma unroll
                     for (u32 r = 0; r < kRowTiles; r++) sums[r][s] = multiply(x8[r], w, sums[r][s]);
                 }
@@ -74,7 +78,7 @@ struct Block {
 #pragma unroll
             for (u32 s = 0; s < kStrips; s++) {
                 const GroupConstants constants = under.chunks[s][0].groups[group];
-                const float scale = scale_of(constants), offset = offset_of(constants);
+                const float scale = kScaleWeights ? 1.0f : scale_of(constants), offset = offset_of(constants);
 #pragma unroll
                 for (u32 r = 0; r < kRowTiles; r++)
 #pragma unroll
@@ -83,6 +87,8 @@ struct Block {
                         if (kOffset) sum = __builtin_fmaf(-offset, row_sums[r][j], sum);
                         y[r][s][j] = __builtin_fmaf(scale, sum, y[r][s][j]);
                     }
+#pragma unroll
+                for (u32 r = 0; r < kRowTiles; r++) keep_in_place(y[r][s]);
             }
         }
     }
@@ -109,9 +115,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) gemm(
         const u32 second = tile + kWaves, third = second + kWaves;
         if (second < tiles) block.read(odd, second);
         block.accumulate(sums, even, tile);
-        if (second >= tiles) break;
         if (third < tiles) block.read(even, third);
-        block.accumulate(sums, odd, second);
+        if (second < tiles) block.accumulate(sums, odd, second);
     }
 
 #pragma unroll

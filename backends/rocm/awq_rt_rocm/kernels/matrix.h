@@ -11,8 +11,6 @@
 #pragma once
 #include "tile.h"
 
-static_assert(kGroup % 32 == 0, "the lanes of one instruction hold 32 consecutive k: they must share a group");
-
 #if MATRIX == MATRIX_MFMA_16 || MATRIX == MATRIX_MFMA_32
 constexpr u32 kUnitChunks = 1;
 using Results = floats4;
@@ -47,6 +45,21 @@ using Vector = short __attribute__((ext_vector_type(count)));
 #define UNIT(half_name, bfloat_name) __builtin_amdgcn_##bfloat_name
 #endif
 
+// The lanes of one instruction hold 32 consecutive k. Where those share a group, small integers are multiplied and a group's
+// sums are scaled; elsewhere weights are scaled, and rounded once.
+constexpr bool kScaleWeights = kGroup % 32 != 0;
+
+// A word's eight weights as activations.
+__device__ __forceinline__ words4 weights_of_word(u32 word, GroupConstants group) {
+    const float scale = scale_of(group);
+    f16x2 pairs[4];
+    dequantize(pairs, word, zero_pair(group));
+    words4 eight;
+#pragma unroll
+    for (int i = 0; i < 4; i++) eight[i] = activations_of_floats((float)pairs[i].x * scale, (float)pairs[i].y * scale);
+    return eight;
+}
+
 #if ACTIVATION_HALF
 constexpr bool kOffset = false;
 
@@ -59,7 +72,7 @@ __device__ __forceinline__ words4 operands_of_word(u32 word, GroupConstants grou
 
 __device__ __forceinline__ float offset_of(GroupConstants) { return 0; }
 #else
-constexpr bool kOffset = true;
+constexpr bool kOffset = !kScaleWeights;
 
 // A word's eight codes plus 16: 0x4180 is 16, and a code in the upper four bits of its mantissa counts sixteenths of that.
 __device__ __forceinline__ words4 operands_of_word(u32 word, GroupConstants) {

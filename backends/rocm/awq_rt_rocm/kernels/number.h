@@ -3,7 +3,7 @@
 // ACTIVATION_HALF  1: x and y are float16, 0: bfloat16
 // SCALE_KIND       0: float16, 1: bfloat16, 2: float32
 #pragma once
-#include "platform.h"
+#include "bfloat.h"
 
 // A group's scale and zero point of one column, as they lie in memory: one load brings both.
 #if SCALE_KIND == 2
@@ -11,15 +11,6 @@ using GroupConstants = words2;  // the scale; then z in byte 2, 16 z in byte 3
 #else
 using GroupConstants = u32;  // the scale in the low half, z in byte 2, 16 z in byte 3
 #endif
-
-__device__ __forceinline__ float float_of_bfloat(u16 bits) { return bits_as<float>((u32)bits << 16); }
-
-// Rounds to nearest, ties to even; NaN stays NaN.
-__device__ __forceinline__ u16 bfloat_of_float(float value) {
-    const u32 bits = bits_as<u32>(value);
-    const u32 rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-    return (u16)(value != value ? bits >> 16 | 0x40u : rounded);
-}
 
 __device__ __forceinline__ float scale_of(GroupConstants group) {
 #if SCALE_KIND == 0
@@ -46,6 +37,10 @@ __device__ __forceinline__ u16 activation_of_float(float value) {
 #else
     return bfloat_of_float(value);
 #endif
+}
+
+__device__ __forceinline__ u32 activations_of_floats(float low, float high) {
+    return activation_of_float(low) | (u32)activation_of_float(high) << 16;
 }
 
 // A zero point as the two constants that `dequantize` adds: -(1024 + z) and -(64 + z), each twice.

@@ -6,7 +6,7 @@
 #define __global__ __attribute__((global))
 #define __device__ __attribute__((device))
 #define __shared__ __attribute__((shared))
-#define __launch_bounds__(threads) __attribute__((amdgpu_flat_work_group_size(1, threads)))
+#define __launch_bounds__(threads, ...) __attribute__((amdgpu_flat_work_group_size(1, threads)))
 #define __forceinline__ inline __attribute__((always_inline))
 #endif
 
@@ -53,7 +53,18 @@ __device__ __forceinline__ To bits_as(From from) {
 __device__ __forceinline__ u32 thread_index() { return __builtin_amdgcn_workitem_id_x(); }
 __device__ __forceinline__ u32 block_x() { return __builtin_amdgcn_workgroup_id_x(); }
 __device__ __forceinline__ u32 block_y() { return __builtin_amdgcn_workgroup_id_y(); }
+__device__ __forceinline__ u32 block_z() { return __builtin_amdgcn_workgroup_id_z(); }
 __device__ __forceinline__ u32 lane_index() { return thread_index() % kWave; }
+
+struct Index {
+    u32 x, y, z;
+};
+
+// Blocks of the launch, `threads` work-items along x each: from the dispatch packet, which counts work-items.
+__device__ __forceinline__ Index grid_size(u32 threads) {
+    auto sizes = (const __attribute__((address_space(4))) u32*)__builtin_amdgcn_dispatch_ptr() + 3;
+    return {sizes[0] / threads, sizes[1], sizes[2]};
+}
 
 // A number that is the same in all lanes, put into a scalar register: what depends on it alone is computed once a wave.
 __device__ __forceinline__ u32 same_for_wave(u32 number) { return __builtin_amdgcn_readfirstlane(number); }
@@ -62,6 +73,16 @@ __device__ __forceinline__ u32 wave_index() { return same_for_wave(thread_index(
 // The value of lane `lane ^ mask`.
 __device__ __forceinline__ float from_lane_xor(float value, u32 mask) {
     return bits_as<float>(__builtin_amdgcn_ds_bpermute((int)((lane_index() ^ mask) * 4), bits_as<int>(value)));
+}
+
+// The value of another lane of the same 16; `order` is one of these.
+constexpr int kXor1 = 0xB1, kXor2 = 0x4E, kXor3 = 0x1B, kXor7 = 0x141, kXor15 = 0x140;
+constexpr int kXor4 = 0x164, kXor8 = 0x168;  // not on CDNA
+
+template <int order>
+__device__ __forceinline__ float in_rows(float value) {
+    const int bits = bits_as<int>(value);
+    return bits_as<float>(__builtin_amdgcn_update_dpp(bits, bits, order, 0xF, 0xF, true));
 }
 
 // All threads of the block meet; what they wrote to shared memory is visible after it.
@@ -79,6 +100,12 @@ __device__ __forceinline__ void wave_fence() {
 
 // The compiler moves nothing across: reads from shared memory for several rows would else all be made early, and spill.
 __device__ __forceinline__ void keep_order() { __builtin_amdgcn_sched_barrier(0); }
+
+// The value stays in these registers: a loop's sums would else be copied in each turn.
+template <class T>
+__device__ __forceinline__ void keep_in_place(T& value) {
+    asm("" : "+v"(value));
+}
 
 // What lies `bytes` behind `base` in device memory. `base` must be the same for the whole wave: it stays in scalar registers
 // and the lanes add 32 bits. Both are hidden from the compiler, which would else make 64-bit addresses for every lane.

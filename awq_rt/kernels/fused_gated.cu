@@ -10,15 +10,28 @@ constexpr int kThreads = THREADS;
 #define GELU_TANH 2
 #define RELU 3
 
+// 1 - erf(z) for z >= 0, to 1.4 units of float32 and what its exponent rounds: t exp(-z^2 + P(t)), t = 1 / (1 + z / 2), where P
+// was fitted in 40 digits to what is right.
+__device__ __forceinline__ float complement_of_erf(float z) {
+    const float t = reciprocal_of(1.0f + 0.5f * z);
+    const float of[] = {0.14804606f, -0.69753759f, 1.19532758f,  -0.74646991f, -0.03986632f,
+                        -0.01950800f, 0.04139597f, 0.38528362f, 0.99878246f,  -1.26545489f};
+    float p = of[0];
+#pragma unroll
+    for (int i = 1; i < 10; i++) p = p * t + of[i];
+    return t * exp2_of(kLog2E * (p - z * z));
+}
+
 __device__ __forceinline__ float activated(float x) {
 #if ACTIVATION == RELU
     return x < 0.0f ? 0.0f : x;  // NaN stays
 #elif ACTIVATION == GELU
-    return 0.5f * x * erfcf(x * -0.7071067811865476f);
+    const float outside = 0.5f * complement_of_erf((x < 0.0f ? -x : x) * 0.7071067811865476f);
+    return x * (x < 0.0f ? outside : 1.0f - outside);
 #else
     // tanh(z) = 2 sigmoid(2 z) - 1, so both are a sigmoid.
     const float z = ACTIVATION == SILU ? x : x * (1.5957691216057308f + 0.07135481627260025f * x * x);
-    return x / (1.0f + exp2_of(-kLog2E * z));
+    return x * reciprocal_of(1.0f + exp2_of(-kLog2E * z));
 #endif
 }
 

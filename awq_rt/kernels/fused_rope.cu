@@ -10,7 +10,7 @@ constexpr int kAllHeads = kHeads + 2 * kKvHeads;
 extern "C" __global__ void __launch_bounds__(kThreads) fused_rope(
     const u16* qkv,                     // [batch, count, (heads + 2 kv_heads) head_dim]
     const u32* first_positions,         // [batch], of each row's first token
-    u16* q,                             // [batch, heads, count, head_dim] out
+    u16* q,                             // [batch, count, heads, head_dim] out
     u16* k_cache, u16* v_cache,         // [batch, kv_heads, slots, head_dim]; the last two dimensions are contiguous
     const float* __restrict__ cos, const float* __restrict__ sin,  // [positions, rotary_dim / 2]
     const float* __restrict__ q_norm, const float* __restrict__ k_norm,  // [head_dim]
@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) fused_rope(
     const u16* from = qkv + ((u64)row * count + token) * kAllHeads * kHeadDim;
     k_cache += row * k_batch_stride + (u64)position * kHeadDim;
     v_cache += row * v_batch_stride + (u64)position * kHeadDim;
-    q += ((u64)row * kHeads * count + token) * kHeadDim;
+    q += ((u64)row * count + token) * kHeads * kHeadDim;
     for (u32 base = 0; base < kAllHeads; base += kTeams) {  // as many turns in every lane: a team adds up together
         const u32 head = base + team;
         const bool exists = place.used && head < kAllHeads;
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) fused_rope(
             if (head < kHeads + kKvHeads) words[0] = placed[0], words[1] = placed[1];
         }
         if (!exists) continue;
-        u16* to = head < kHeads              ? q + (u64)head * count * kHeadDim
+        u16* to = head < kHeads              ? q + head * kHeadDim
                   : head < kHeads + kKvHeads ? k_cache + (head - kHeads) * k_head_stride
                                              : v_cache + (head - kHeads - kKvHeads) * v_head_stride;
         store_8(to + place.first, words[0]);

@@ -1,18 +1,12 @@
 // What the fused operators share: 8 activations are one load of 16 bytes, all arithmetic is float32.
+//
+// Of the platform: load_8, load_fresh, exp2_of, reciprocal_of; for attention shared_address, cluster_arrive, cluster_wait,
+// store_first_4, which nobody calls where TO_PARTS is set.
 #pragma once
 
-#include "fused_platform.cuh"
-#include "number.cuh"
+#include "activations.cuh"
 
 constexpr float kLog2E = 1.4426950408889634f;
-
-__device__ __forceinline__ void floats_of_activations(float& low, float& high, u32 pair) {
-#if ACTIVATION_HALF
-    floats_of_half2(low, high, pair);
-#else
-    floats_of_bfloat2(low, high, pair);
-#endif
-}
 
 __device__ __forceinline__ void floats_of_8(float (&d)[8], const uint4& v) {
     floats_of_activations(d[0], d[1], v.x);

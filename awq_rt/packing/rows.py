@@ -1,6 +1,6 @@
 """The catch-all: any shape and group size, dequantised by torch operators for each product. Right, not fast.
 
-It serves what tiles cannot: an in_features or a group size that is no multiple of 8.
+It serves the shapes that no kernel of a backend can cut.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from awq_rt.backend import LinearSpec, Packed
-from awq_rt.weights import AwqWeight
+from ..backend import Packed
+from ..weights import AwqWeight
 
 PREFIX = "rows"
 
 
-def pack(weight: AwqWeight, spec: LinearSpec) -> Packed:
+def pack(weight: AwqWeight) -> Packed:
     """Two codes a byte along N, zeros and scales as they are."""
     codes = functional.pad(weight.codes, (0, weight.out_features % 2))
     tensors = [codes[:, 0::2] | codes[:, 1::2] << 4, weight.zeros.contiguous(), weight.scales.contiguous()]

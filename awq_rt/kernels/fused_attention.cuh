@@ -60,7 +60,7 @@ struct Share {
 __device__ __forceinline__ float score_of(float product, float scale, float softcap, float slope, u32 query, u32 key) {
     float score = product * scale;
     if (kSoftcap) {  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
-        score = softcap - 2.0f * softcap / (exp2_of(2.0f * kLog2E * score) + 1.0f);
+        score = softcap - 2.0f * softcap * reciprocal_of(exp2_of(2.0f * kLog2E * score) + 1.0f);
         score *= kLog2E;
     }
     if (kSlopes) score -= slope * kLog2E * (float)(query - key);
@@ -97,7 +97,7 @@ __device__ __forceinline__ void add_weighted(float4& sum, float weight, const fl
 }
 
 __device__ __forceinline__ void write_quad(void* y, u64 at, const float4& sum, float total) {
-    const float factor = 1.0f / total;
+    const float factor = reciprocal_of(total);
     reinterpret_cast<uint2*>(y)[at / 4] = make_uint2(activations_of_floats(sum.x * factor, sum.y * factor),
                                                      activations_of_floats(sum.z * factor, sum.w * factor));
 }
@@ -135,7 +135,7 @@ __device__ __forceinline__ void add_up(
         }
     }
     if (kToParts || active == 1) return;
-    __syncwarp();
+    wave_barrier();
     cluster_arrive();
     if (part != 0) return;  // nobody reads its shared memory
     cluster_wait();

@@ -43,7 +43,7 @@ struct Place {
 
 __device__ __forceinline__ float team_sum(float x) {
 #pragma unroll
-    for (int mask = kTeam / 2; mask > 0; mask /= 2) x += of_other_lane(x, mask);
+    for (int mask = 1; mask < kTeam; mask *= 2) x += of_other_lane(x, mask);
     return x;
 }
 
@@ -58,9 +58,14 @@ __device__ __forceinline__ void load_angles(
 }
 
 __device__ __forceinline__ void load_norm(float (&weight)[2][8], const Place& place, const float* norm) {
-    if (!kNormed || !place.used) return;
-    load_constant_8(weight[0], norm + place.first);
-    load_constant_8(weight[1], norm + place.second);
+    if (!kNormed) return;
+    if (place.used) {
+        load_constant_8(weight[0], norm + place.first);
+        load_constant_8(weight[1], norm + place.second);
+    } else {  // lanes that hold nothing compute, too
+#pragma unroll
+        for (int j = 0; j < 8; j++) weight[0][j] = weight[1][j] = 0.0f;
+    }
 }
 
 // Normalises and rotates a head in place, and rounds it.

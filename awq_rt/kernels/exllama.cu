@@ -22,6 +22,7 @@ constexpr int kLoads = kWordRows / kLaneRows;   // of a lane for a tile, one uin
 constexpr bool kOneGroup = kGroupSize % kTileDepth == 0;  // a tile then has one, and k is a multiple of its depth
 constexpr int kGroups = kOneGroup ? 1 : kLoads;           // whose scales a lane holds
 constexpr bool kScaleWeights = kRows > 4;       // instead of sums: one more multiplication, and registers for no sums
+constexpr int kHalvesAtOnce = kRows > 4 ? 1 : 2;  // of a word: with many rows more would not find registers
 constexpr int kThreads = kWaves * kLanes;
 constexpr int kChunks = kRows * kTileDepth / 8; // of x in a tile, 16 bytes each
 constexpr int kLaneChunks = (kChunks + kLanes - 1) / kLanes;
@@ -115,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) exllama(
         for (int i = 0; i < kLoads; i++) {
             const Group& its = group[kOneGroup ? 0 : i];
             const float4 scale = floats_of_scales(its.scales);
-#pragma unroll(kRows > 4 ? 1 : 2)  // with many rows the compiler would hold more weights than there are registers
+#pragma unroll kHalvesAtOnce
             for (int h = 0; h < 2; h++) {  // half a word's depth
                 float weights[4][4];       // [column][row]
 #pragma unroll

@@ -1,6 +1,7 @@
 """ExLlama's form of a weight, both ways, in torch operators: exact on any device, and testable without a GPU.
 
-Strips of 8 columns with the codes of 8 rows shuffled into a word; the drawing is at the head of kernels/exllama.cuh.
+Strips of 8 columns with the codes of 8 rows shuffled into a word; the drawing is at the head of
+awq_rt/kernels/exllama.cuh.
 Nothing is padded.
 """
 
@@ -9,17 +10,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend import LinearSpec, Packed
+from ..weights import AwqWeight
+from .layout import Layout
+
+PREFIX = "exllama"
 STRIP = 8
 WORD_ROWS = 8
 
 
-def refusal(in_features: int, out_features: int, group_size: int) -> str:
+def refusal(spec: LinearSpec) -> str:
     """Why a weight of this shape has no such form; empty when it has."""
-    if in_features % WORD_ROWS or out_features % STRIP:
-        return f"in_features {in_features} and out_features {out_features} must be multiples of 8"
-    if group_size % WORD_ROWS:
-        return f"group_size {group_size} must be a multiple of {WORD_ROWS}, the rows of a word"
+    if spec.in_features % WORD_ROWS or spec.out_features % STRIP:
+        return f"in_features {spec.in_features} and out_features {spec.out_features} must be multiples of 8"
+    if spec.group_size % WORD_ROWS:
+        return f"group_size {spec.group_size} must be a multiple of {WORD_ROWS}, the rows of a word"
     return ""
+
+
+def pack(weight: AwqWeight, spec: LinearSpec) -> Packed:
+    """`weight` in strips, on its own device: codes, zeros, scales and, with a bias, float32 bias."""
+    tensors = [pack_codes(weight.codes), pack_zeros(weight.zeros), pack_scales(weight.scales)]
+    if weight.bias is not None:
+        tensors.append(weight.bias.float().contiguous())
+    return Packed(str(Layout.of(PREFIX, weight, spec)), tuple(tensors))
+
+
+def unpack(packed: Packed) -> AwqWeight:
+    """The exact inverse of `pack`."""
+    bias_dtype = Layout.parse(packed.layout).bias_dtype
+    codes, zeros, scales, *bias = packed.tensors
+    return AwqWeight(
+        unpack_codes(codes),
+        unpack_zeros(zeros),
+        unpack_scales(scales),
+        bias[0].to(bias_dtype) if bias and bias_dtype is not None else None,
+    )
 
 
 def pack_codes(codes: Tensor) -> Tensor:

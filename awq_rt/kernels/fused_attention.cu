@@ -18,8 +18,8 @@ __device__ __forceinline__ u32 add_teams(float (&x)[16], u32 lane) {
         const bool upper = lane & kMask;
 #pragma unroll
         for (int i = 0; i < kKept; i++) {
-            const float kept = upper ? x[i + kKept] : x[i], sent = upper ? x[i] : x[i + kKept];
-            x[i] = kept + of_other_lane(sent, kMask);
+            const float low = x[i], high = x[i + kKept];  // loaded first: a choice of addresses would put x into memory
+            x[i] = (upper ? high : low) + of_other_lane(upper ? low : high, kMask);
         }
         return (upper ? kKept : 0) + add_teams<kMask * 2, kKept / 2>(x, lane);
     }
@@ -214,8 +214,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) fused_attenti
         if (place.used) {
             float* to = result + (from < 8 ? place.first + from : place.second + from - 8);
 #pragma unroll
-            for (int j = 0; j < kLeft; j += 2)
-                *reinterpret_cast<float2*>(to + j) = make_float2(sums[g][j], sums[g][j + 1]);
+            for (int j = 0; j < kLeft; j++) to[j] = sums[g][j];
         }
         if (wave_lane == 0) result[kHeadDim] = most, result[kHeadDim + 1] = total[g];
     }

@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) fused_norm(
             for (int j = 0; j < 8; j++) sum += a[j] * a[j];
         }
 #pragma unroll
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += of_other_lane(sum, mask);
+    for (int mask = 1; mask < kLanes; mask *= 2) sum += of_other_lane(sum, mask);
     if (threadIdx.x % kLanes == 0) sums[threadIdx.x / kLanes] = sum;
     __syncthreads();
     sum = sums[0];

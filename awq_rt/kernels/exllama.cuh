@@ -7,9 +7,11 @@
 //
 // The shuffle puts neighbours k, k + 1 into the two halves of a register, where one mask makes them a pair of floats.
 // Nothing is padded: k and n are multiples of 8, and a group is whole words.
+//
+// Of the platform: and_or, sub_half2, fma_half2, fma_bfloat2, load_once.
 #pragma once
 
-#include "platform.cuh"
+#include "activations.cuh"
 
 constexpr int kGroupSize = GROUP_SIZE;
 static_assert(kGroupSize % 8 == 0, "a word has one scale");
@@ -33,11 +35,6 @@ __device__ __forceinline__ void four_weights(float (&weights)[4], u32 bits, Zero
                     fma_half2(and_or(bits, 0x00F000F0u, 0x64006400u), sixteenth, zero.high));
 }
 
-__device__ __forceinline__ void floats_of_activations(float& low, float& high, u32 pair) {
-    floats_of_half2(low, high, pair);
-}
-
-__device__ __forceinline__ u32 activations_of_floats(float low, float high) { return half2_of_floats(low, high); }
 #else
 __device__ __forceinline__ ZeroPair zero_pair(u32 zero) {
     return {0xC300C300u | zero * 0x00010001u, 0xC300C300u | zero * 0x00010001u};
@@ -49,12 +46,6 @@ __device__ __forceinline__ void four_weights(float (&weights)[4], u32 bits, Zero
     floats_of_bfloat2(weights[2], weights[3],
                       fma_bfloat2(and_or(bits >> 4, 0x000F000Fu, 0x43004300u), one, zero.high));
 }
-
-__device__ __forceinline__ void floats_of_activations(float& low, float& high, u32 pair) {
-    floats_of_bfloat2(low, high, pair);
-}
-
-__device__ __forceinline__ u32 activations_of_floats(float low, float high) { return bfloat2_of_floats(low, high); }
 #endif
 
 // Four columns' scales as the checkpoint holds them.
