@@ -10,13 +10,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .backend import Backend
+
+if TYPE_CHECKING:
+    from .parallel.group import Group
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -60,6 +63,11 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return functional.linear(x, weight.to(x.dtype), bias)
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """The index of the largest of each row of `logits` [M, V], the first of equal ones -> int64 [M]. NaN is largest."""
+    return logits.argmax(dim=-1)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x` [M, H] / sqrt(mean(x^2) + eps) * `weight` float32 [H] -> [M, H] in x's dtype."""
     wide = x.float()
@@ -70,6 +78,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     """`residual` [M, H] += `x` [M, H], in place and rounded; returns `rms_norm` of it."""
     residual.add_(x)
     return rms_norm(residual, weight, eps)
+
+
+def all_reduce_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: Group) -> Tensor:
+    """`add_rms_norm` of the sum over `group`'s processes of their `x`, which may be changed."""
+    return add_rms_norm(group.all_reduce(x), residual, weight, eps)
 
 
 def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
@@ -86,7 +99,7 @@ def rope_append(
     `qkv` [B, T, (heads + 2 kv_heads) head_dim]; `first` int32 [B], the position of each row's first token, which is its
     slot in the cache too; caches [B, kv_heads, S, head_dim] of qkv's dtype, perhaps the leading slots of longer ones
     (only the last two dimensions are contiguous). Positions must lie below S and below the tables' length: nothing is
-    checked on the device. Returns q [B, heads, T, head_dim].
+    checked on the device. Returns q [B, heads, T, head_dim], perhaps a view of [B, T, heads, head_dim].
     """
     batch, count, _ = qkv.shape
     heads = qkv.view(batch, count, -1, spec.head_dim).transpose(1, 2)
@@ -149,8 +162,10 @@ def _placed(
 
 DEFINITIONS: dict[str, Callable[..., Tensor]] = {
     "dense_linear": dense_linear,
+    "argmax": argmax,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
+    "all_reduce_add_rms_norm": all_reduce_add_rms_norm,
     "gated_activation": gated_activation,
     "rope_append": rope_append,
     "decode_attention": decode_attention,
@@ -166,8 +181,10 @@ class Ops:
             setattr(self, name, _first_that_serves(backend.ops.get(name), definition))
 
     dense_linear: Callable[..., Tensor]
+    argmax: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., Tensor]
+    all_reduce_add_rms_norm: Callable[..., Tensor]
     gated_activation: Callable[..., Tensor]
     rope_append: Callable[..., Tensor]
     decode_attention: Callable[..., Tensor]

@@ -21,7 +21,8 @@ def test_moved_weights_lie_together_and_compute_the_same() -> None:
     move_together(found)
     tensors = [tensor for projection in found for tensor in projection.tensors]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
-    assert all(projection.current for projection in found)
+    places = [place for projection in found for place in projection.places]
+    assert all(tensors[name].data_ptr() == pointer for tensors, name, pointer in places)
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, before)
         assert torch.equal(model.generate(tokens, max_new_tokens=6), answer)

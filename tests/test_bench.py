@@ -14,8 +14,8 @@ from torch import nn
 
 import awq_rt
 from awq_rt.bench import bandwidth, measure, report, session
-from awq_rt.bench.limit import cached_bytes, packed_bytes, position_bytes, step_bytes
-from awq_rt.bench.measure import Case, Clock, Speed, generation_s, never_ending
+from awq_rt.bench.limit import cached_bytes, packed_bytes, position_bytes, prefill_flops, step_bytes
+from awq_rt.bench.measure import Case, Clock, Speed, generation_s, held_bytes, never_ending
 from awq_rt.bench.report import LoadTime, Row, latency_table, markdown, sentences, speed_table
 from awq_rt.bench.shapes import SHAPES
 from awq_rt.bench.synthetic import CODE_STD, WEIGHT_STD, SyntheticCheckpoint
@@ -27,7 +27,8 @@ from awq_rt.linear import AwqLinear
 CPU = torch.device("cpu")
 FIGURES = {
     "model", "batch", "prefill", "decode", "fused", "prefill_tps", "decode_tps", "memory_gb", "share_of_limit",
-    "gpu_idle_share", "fp16_prefill_tps", "fp16_decode_tps", "failure",
+    "gpu_idle_share", "engine_prefill_tps", "share_of_matmul", "fp16_prefill_tps", "fp16_decode_tps",
+    "beside_gb", "failure",
 }  # fmt: skip
 
 
@@ -170,7 +171,7 @@ def test_a_step_reads_packed_weights_scales_zeros_and_the_head(tiny: Any) -> Non
     linears = [module for module in tiny.modules() if isinstance(module, AwqLinear)]
     parameters = sum(linear.in_features * linear.out_features for linear in linears)
     groups = parameters // 32
-    head = 256 * 64 * 4  # float32 on a CPU
+    head = 256 * 64 * 2  # kept as it is stored
     cache = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head_dim, bytes
     assert step_bytes(tiny, 3, 9, 1) == parameters / 2 + groups * 2 + groups / 2 + head + 3 * 10 * cache
     assert packed_bytes(linears[0]) == 64 * 64 / 2 + 2 * 64 * 2.5
@@ -178,7 +179,16 @@ def test_a_step_reads_packed_weights_scales_zeros_and_the_head(tiny: Any) -> Non
 
 def test_a_mixture_has_no_limit_that_is_known_beforehand(tmp_path: Path) -> None:
     build(tmp_path, config_of("mixtral"))
-    assert step_bytes(awq_rt.load(tmp_path), 1, 8, 8) is None
+    model = awq_rt.load(tmp_path)
+    assert step_bytes(model, 1, 8, 8) is None
+    assert prefill_flops(model, 1, 8) is None
+
+
+def test_a_prompt_computes_with_every_weight_and_attends_to_what_is_before(tiny: Any) -> None:
+    linears = [module for module in tiny.modules() if isinstance(module, AwqLinear)]
+    parameters = sum(linear.in_features * linear.out_features for linear in linears)
+    attention = 2 * 2 * 64 * (1 + 2 + 3) * 2  # two operations, two products, width, positions seen, layers
+    assert prefill_flops(tiny, 5, 3) == 5 * (2 * 3 * parameters + 2 * 256 * 64 + attention)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -243,7 +253,9 @@ def filled(monkeypatch: pytest.MonkeyPatch, dense: Speed | None, read_tbps: floa
     monkeypatch.setattr(memory, "_taken", lambda: memory._before + 3_000_000_000)
     case = Case(4, 100, 50)
     row = Row("m", 4, 100, 50, True)
-    return session._filled(row, case, Speed(0.2, 0.005, 0.004), dense, None, read_tbps, memory)
+    monkeypatch.setattr(session, "prefill_flops", lambda model, batch, prefill: 3e9)
+    result = report.Result("d", "c", read_tbps, 0.1)
+    return session._filled(row, case, Speed(0.2, 0.005, 0.004, 0.1), dense, None, result, memory)
 
 
 def test_a_row_holds_rates_memory_and_the_share_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +265,18 @@ def test_a_row_holds_rates_memory_and_the_share_of_the_limit(monkeypatch: pytest
     assert row.memory_gb == pytest.approx(3.0)
     assert row.share_of_limit == pytest.approx(1e6 / 1e9 / 0.005)  # 1 ms of reading in a step of 5 ms
     assert row.gpu_idle_share == pytest.approx(0.2)
+    assert row.engine_prefill_tps == pytest.approx(4 * 100 / 0.1)
+    assert row.share_of_matmul == pytest.approx(3e9 / 0.2 / 1e11)
     assert (row.fp16_prefill_tps, row.speed_up) == (None, None)
+
+
+def test_what_is_held_is_counted_once_whoever_shows_it(tiny: Any) -> None:
+    generation_s(tiny, Case(1, 4, 2))
+    linears = [module for module in tiny.modules() if isinstance(module, AwqLinear)]
+    packed = sum(buffer.nbytes for linear in linears for buffer in linear.buffers())
+    cache = 2 * 2 * 256 * 2 * 16 * 4  # layers, keys and values, the positions that are allotted, heads, head_dim, bytes
+    rest = held_bytes(tiny) - packed - cache
+    assert 0 < rest < 2 * 256 * 64 * 4 + 4096  # embedding and head, norms
 
 
 def test_float16_stands_beside_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +284,7 @@ def test_float16_stands_beside_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.fp16_prefill_tps == pytest.approx(4 * 100 / 0.4)
     assert row.fp16_decode_tps == pytest.approx(4 / 0.02)
     assert row.speed_up == pytest.approx(4.0)
-    result = report.Result("d", "c", 1.0, [row])
+    result = report.Result("d", "c", 1.0, rows=[row])
     assert latency_table(result).rows == [("m", "4", "100", "fused", "20.00", "5.00", "4.00x")]
 
 
@@ -326,7 +349,7 @@ def test_what_cannot_be_fused_is_said_and_its_rows_are_unfused(tmp_path: Path) -
 
 def test_columns_without_a_figure_are_left_out() -> None:
     rows = [Row("m", 1, 8, 4, True, 1234.4, 56.78, 1.234, 0.5), Row("m", 2, 8, 4, True, failure="too large")]
-    table = speed_table(report.Result("d", "c", 1.0, rows))
+    table = speed_table(report.Result("d", "c", 1.0, rows=rows))
     assert list(table.names) == [
         "model", "batch", "prefill", "decode", "decoder", "prefill tokens/s", "decode tokens/s", "of the limit",
         "memory",
@@ -342,9 +365,9 @@ def test_a_table_is_markdown() -> None:
 
 
 def test_loading_is_told_as_a_ratio() -> None:
-    result = report.Result("d", "c", 2.0, loads=[LoadTime("m", 3.0, 1.5, 4_000_000_000)])
+    result = report.Result("d", "c", 2.0, 700.4, loads=[LoadTime("m", 3.0, 1.5, 4_000_000_000)])
     assert list(sentences(result)) == [
-        "d; reads 2.000 TB/s",
+        "d; reads 2.000 TB/s, multiplies 700 TFLOP/s",
         "m loads in 3.00 s; its 4.00 GB are read to the device in 1.50 s: 2.00x",
     ]
 
@@ -385,6 +408,33 @@ def test_the_command_measures_a_made_up_model_in_every_way(tmp_path: Path) -> No
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_chosen_cases_are_measured_and_kept_when_the_run_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    measure_case = session.measured
+
+    def watched(model: Any, case: Case, repeats: int) -> Speed:
+        kept.append(json.loads((tmp_path / "f.json").read_text())["rows"] if kept else [])
+        return measure_case(model, case, repeats)
+
+    monkeypatch.setattr(session, "measured", watched)
+    result = bench(
+        "--synthetic", "tiny", "--case", "2x4", "--case", "1x8", "--decode", "3,2", "--repeats", 1,
+        "--json", tmp_path / "f.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert [len(rows) for rows in kept] == [0, 1, 2, 3]
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [(row["batch"], row["prefill"], row["decode"]) for row in rows] == [
+        (2, 4, 3),
+        (2, 4, 2),
+        (1, 8, 3),
+        (1, 8, 2),
+    ]
+    assert all(row["engine_prefill_tps"] > 0 for row in rows)
+
+
 def test_the_command_measures_a_checkpoint(tmp_path: Path) -> None:
     """Of a model whose configuration would end an answer at nearly any token."""
     build(tmp_path / "model", config_of("qwen2"))
@@ -403,6 +453,7 @@ def test_the_command_measures_a_checkpoint(tmp_path: Path) -> None:
         (("--synthetic", "tiny", "--compare", "--no-fuse"), "leave out --no-fuse"),
         (("--synthetic", "tiny", "--batch", "1,x"), "not a list of positive numbers"),
         (("--synthetic", "tiny", "--batch", "0"), "not a list of positive numbers"),
+        (("--synthetic", "tiny", "--case", "4"), "not BATCHxPREFILL"),
         (("--synthetic", "tiny", "--json", "/nonesuch/a.json"), "there is no folder /nonesuch"),
     ],
 )

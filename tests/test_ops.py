@@ -41,6 +41,12 @@ def test_norms_agree_with_float64(dtype: torch.dtype) -> None:
     assert exact_ops.rms_norm(expected, weight, 1e-5).excess(y) <= 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_logit_is_the_first_of_equal_ones_and_nan_is_larger(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[1, 5, 5, -torch.inf], [-torch.inf] * 4, [0, torch.nan, torch.inf, 9], [-0.0, 0.0, -1, -2]])
+    assert ops.argmax(logits.to(dtype)).tolist() == [1, 0, 1, 0]
+
+
 def test_the_norm_is_transformers_own() -> None:
     x, weight = normal(5, 64), normal(64)
     for module, given in (

@@ -1,4 +1,4 @@
-"""How fast a device's memory can be read: the limit that decoding is measured against."""
+"""How fast a device reads its memory, and how fast it multiplies: what decoding and prompts are measured against."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ GPU_BYTES = 4 << 30
 CPU_BYTES = 512 << 20
 REPEATS = 10
 ROW = 1 << 16
+SIDE, PRODUCTS = 8192, 50
 
 WAYS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda data: data.view(-1, ROW).sum(1),
@@ -36,6 +37,24 @@ def read_bandwidth(device: torch.device) -> float:
         data = torch.ones(min(GPU_BYTES, free // 2) // 4 // ROW * ROW, device=device)
         reads = 16  # waiting for a GPU takes some 10 us, which must not count
     return max(data.nbytes / _seconds(way, data, reads) for way in WAYS)
+
+
+def matmul_flops(device: torch.device) -> float | None:
+    """Operations/s of torch's product of two random float16 matrices of SIDE x SIDE; None on a CPU.
+
+    At the rate that it keeps up, not its best: what limits it is power.
+    """
+    if device.type == "cpu":
+        return None
+    a, b = (torch.randn(SIDE, SIDE, dtype=torch.float16, device=device) for _ in range(2))
+    out = a @ b
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    for _ in range(PRODUCTS):
+        torch.mm(a, b, out=out)
+    end.record()
+    end.synchronize()
+    return 2 * SIDE**3 * PRODUCTS / float(start.elapsed_time(end) / 1e3)
 
 
 def _seconds(read: Callable[[Tensor], Tensor], data: Tensor, reads: int) -> float:

@@ -1,4 +1,4 @@
-"""What a decoding step must read: its bytes over the read bandwidth are the least time that it can take."""
+"""What a decoding step must read, over the read bandwidth, and what a prompt must compute: the least time of each."""
 
 from __future__ import annotations
 
@@ -22,6 +22,23 @@ def step_bytes(model: Any, batch: int, prefill: int, decode: int) -> float | Non
     linears = [module for module in model.modules() if isinstance(module, AwqLinear)]
     weights = sum(map(packed_bytes, linears)) + _dense_head_bytes(model)
     return weights + batch * cached_bytes(model, prefill, decode)
+
+
+def prefill_flops(model: Any, batch: int, prefill: int) -> float | None:
+    """Operations of reading the prompts: two a weight of every packed linear and token, two a weight of the output
+    matrix and row, and attention's two products over the positions that each one sees. None as for `step_bytes`."""
+    if any(isinstance(module, AwqExperts) for module in model.modules()):
+        return None
+    linears = [module for module in model.modules() if isinstance(module, AwqLinear)]
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    text = model.config.get_text_config()
+    width = text.num_attention_heads * _head_dim(text)
+    seen = 0
+    for window in _windows(text):
+        seen += sum(min(position, window or position) for position in range(1, prefill + 1))
+    head = model.get_output_embeddings()
+    dense = head.weight.numel() if isinstance(head, nn.Linear) else 0
+    return float(2 * batch * (prefill * weights + dense + 2 * width * seen))
 
 
 def packed_bytes(linear: AwqLinear) -> float:
@@ -48,8 +65,11 @@ def position_bytes(model: Any) -> int:
     text = model.config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(2 * text.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize)
+    return int(2 * text.num_hidden_layers * kv_heads * _head_dim(text) * model.dtype.itemsize)
+
+
+def _head_dim(text: Any) -> int:
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def _positions(prefill: int, decode: int) -> range:

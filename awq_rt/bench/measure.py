@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..generation.sampler import Sampler
 from .bandwidth import synchronize
 
 
@@ -31,6 +32,7 @@ class Speed:
     first_s: float
     step_s: float
     gpu_step_s: float | None = None  # of captured steps that do not wait for the host
+    engine_first_s: float | None = None  # to the first tokens, from where transformers hands the prompts over
 
     @property
     def idle_share(self) -> float | None:
@@ -63,17 +65,14 @@ def measured(model: Any, case: Case, repeats: int) -> Speed:
     generation_s(model, case)
     generation_s(model, replace(case, decode=1))
     runs = [generation_s(model, case) for _ in range(repeats)]
-    return Speed(
-        median(first for first, _ in runs), median(rest for _, rest in runs) / case.decode, gpu_step_s(model, case)
-    )
+    step_s = median(rest for _, rest in runs) / case.decode
+    gpu_s = gpu_step_s(model, case)
+    return Speed(median(first for first, _ in runs), step_s, gpu_s, engine_first_s(model, case, repeats))
 
 
 def generation_s(model: Any, case: Case) -> tuple[float, float]:
     """(seconds to the first tokens, seconds of all steps after it) of one greedy generation."""
-    random = torch.Generator().manual_seed(0)
-    size = (case.batch, case.prefill)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, size, generator=random).to(model.device)
+    ids = prompts(model, case)
     mask = torch.ones_like(ids)
     clock = Clock()
     synchronize(model.device)
@@ -81,6 +80,13 @@ def generation_s(model: Any, case: Case) -> tuple[float, float]:
     model.generate(ids, attention_mask=mask, max_new_tokens=case.decode + 1, streamer=clock)
     assert len(clock.times) == case.decode + 1, "nothing may end an answer early; see `never_ending`"
     return clock.times[0] - started, clock.times[-1] - clock.times[0]
+
+
+def prompts(model: Any, case: Case) -> Tensor:
+    """Random ids [batch, prefill] on the model's device, the same every time."""
+    random = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (case.batch, case.prefill), generator=random).to(model.device)
 
 
 def never_ending(model: Any) -> None:
@@ -97,7 +103,7 @@ def gpu_step_s(model: Any, case: Case) -> float | None:
     None where steps are not captured.
     """
     engine = getattr(model, "awq_rt_engine", None)
-    session = None if engine is None else engine._session
+    session = None if engine is None else engine.session
     if session is None or not session.graphs.capturing:
         return None
     session.positions[: case.batch] = case.prefill
@@ -110,6 +116,26 @@ def gpu_step_s(model: Any, case: Case) -> float | None:
     while session.outstanding:
         session.receive()
     return float(start.elapsed_time(end)) / 1e3 / case.decode
+
+
+@torch.no_grad()
+def engine_first_s(model: Any, case: Case, repeats: int) -> float | None:
+    """Seconds from ids to first tokens on the host, without what transformers and the engine prepare before.
+
+    The median of `repeats`; None where the model has no session of a generation before.
+    """
+    engine = getattr(model, "awq_rt_engine", None)
+    session = None if engine is None else engine.session
+    if session is None:
+        return None
+    ids, times = prompts(model, case), []
+    for _ in range(repeats):
+        synchronize(model.device)
+        started = time.perf_counter()
+        session.start(ids, [case.prefill] * case.batch, Sampler([], draw=False))
+        session.receive()
+        times.append(time.perf_counter() - started)
+    return median(times)
 
 
 class Memory:
@@ -134,6 +160,17 @@ class Memory:
             return resident_bytes()
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
+
+
+def held_bytes(model: Any) -> int:
+    """Bytes of the model's weights, and of the keys and values of the generation before; each once, however often it
+    is seen."""
+    tensors = [*model.parameters(), *model.buffers()]
+    engine = getattr(model, "awq_rt_engine", None)
+    if engine is not None and engine.session is not None:
+        tensors += [*engine.session.cache.keys, *engine.session.cache.values]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def resident_bytes() -> int:

@@ -34,8 +34,11 @@ class Row:
     memory_gb: float | None = None  # 1e9 bytes, over what was taken before the model was loaded
     share_of_limit: float | None = None  # decode_tps over what the read bandwidth allows
     gpu_idle_share: float | None = None  # of a decoding step
+    engine_prefill_tps: float | None = None  # tokens of all prompts over the time from the ids to the first token
+    share_of_matmul: float | None = None  # operations of the prompt over the rate of a large matrix product
     fp16_prefill_tps: float | None = None
     fp16_decode_tps: float | None = None
+    beside_gb: float | None = None  # of memory_gb, what is neither weights nor keys and values; None on a CPU
     failure: str | None = None
 
     @property
@@ -63,6 +66,7 @@ class Result:
     device: str
     command: str
     read_tbps: float
+    matmul_tflops: float | None = None  # of torch's product of two float16 matrices of 8192 x 8192; None on a CPU
     rows: list[Row] = field(default_factory=list)
     loads: list[LoadTime] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -75,6 +79,7 @@ class Result:
             "command": self.command,
             "torch": torch.__version__,
             "read_tbps": round(self.read_tbps, 4),
+            "matmul_tflops": _rounded(self.matmul_tflops),
             "rows": [{name: _rounded(value) for name, value in asdict(row).items()} for row in self.rows],
             "loads": [asdict(load) for load in self.loads],
             "notes": self.notes,
@@ -100,7 +105,8 @@ def speed_table(result: Result) -> Table:
     """AWQ's table: tokens a second by batch and lengths. Columns with no figure at all are left out."""
     names = (
         "model", "batch", "prefill", "decode", "decoder", "prefill tokens/s", "decode tokens/s", "of the limit",
-        "GPU idle", "memory", "fp16 prefill tokens/s", "fp16 decode tokens/s",
+        "GPU idle", "memory", "beside weights and cache", "engine's prefill", "of a matmul",
+        "fp16 prefill tokens/s", "fp16 decode tokens/s",
     )  # fmt: skip
     rows = [
         (
@@ -114,6 +120,9 @@ def speed_table(result: Result) -> Table:
             _figure(row.share_of_limit, ".1%"),
             _figure(row.gpu_idle_share, ".1%"),
             _figure(row.memory_gb, ".2f", " GB"),
+            _figure(row.beside_gb, ".2f", " GB"),
+            _figure(row.engine_prefill_tps, ".0f"),
+            _figure(row.share_of_matmul, ".1%"),
             _figure(row.fp16_prefill_tps, ".0f"),
             _figure(row.fp16_decode_tps, ".1f"),
         )
@@ -143,7 +152,8 @@ def latency_table(result: Result) -> Table:
 
 def sentences(result: Result) -> Iterable[str]:
     """What a reader of the tables needs to know beside them."""
-    yield f"{result.device}; reads {result.read_tbps:.3f} TB/s"
+    multiplies = "" if result.matmul_tflops is None else f", multiplies {result.matmul_tflops:.0f} TFLOP/s"
+    yield f"{result.device}; reads {result.read_tbps:.3f} TB/s{multiplies}"
     for load in result.loads:
         yield (
             f"{load.model} loads in {load.seconds:.2f} s; its {load.nbytes / 1e9:.2f} GB are read to the device in "

@@ -14,9 +14,12 @@ import awq_rt
 from ..checkpoint import Checkpoint
 from ..errors import OutOfMemory
 from .dense import dense_model
-from .limit import position_bytes, step_bytes
-from .measure import Case, Memory, Speed, measured, never_ending
+from .limit import position_bytes, prefill_flops, step_bytes
+from .measure import Case, Memory, Speed, held_bytes, measured, never_ending
 from .report import Result, Row
+
+FP16_STEPS = 16
+"""Steps that the float16 model is timed for at most: it runs eagerly, one step as long as the next."""
 
 Progress = Callable[[str], None]
 """Told what is done next, `Plan.steps` times a model."""
@@ -64,29 +67,32 @@ def run(
             except (torch.OutOfMemoryError, OutOfMemory) as error:
                 result.rows.append(replace(row, failure=_what_fits(error, model, device, case)))
             else:
-                result.rows.append(_filled(row, case, speed, dense.get(case), model, result.read_tbps, memory))
+                result.rows.append(_filled(row, case, speed, dense.get(case), model, result, memory))
         del model
         _collect(memory)
 
 
-def _filled(
-    row: Row, case: Case, speed: Speed, dense: Speed | None, model: Any, read_tbps: float, memory: Memory
-) -> Row:
+def _filled(row: Row, case: Case, speed: Speed, dense: Speed | None, model: Any, result: Result, memory: Memory) -> Row:
     least_bytes = step_bytes(model, case.batch, case.prefill, case.decode)
+    tokens, taken = case.batch * case.prefill, memory.taken()
+    operations = None if result.matmul_tflops is None else prefill_flops(model, case.batch, case.prefill)
     return replace(
         row,
-        prefill_tps=_prefill_tps(case, speed),
+        prefill_tps=tokens / speed.first_s,
         decode_tps=case.batch / speed.step_s,
-        memory_gb=memory.taken() / 1e9,
-        share_of_limit=None if least_bytes is None else least_bytes / (read_tbps * 1e12) / speed.step_s,
+        memory_gb=taken / 1e9,
+        beside_gb=(taken - held_bytes(model)) / 1e9 if memory.device.type != "cpu" else None,
+        share_of_limit=None if least_bytes is None else least_bytes / (result.read_tbps * 1e12) / speed.step_s,
         gpu_idle_share=speed.idle_share,
-        fp16_prefill_tps=None if dense is None else _prefill_tps(case, dense),
+        engine_prefill_tps=None if speed.engine_first_s is None else tokens / speed.engine_first_s,
+        share_of_matmul=_share(operations, result.matmul_tflops, speed.first_s),
+        fp16_prefill_tps=None if dense is None else tokens / dense.first_s,
         fp16_decode_tps=None if dense is None else case.batch / dense.step_s,
     )
 
 
-def _prefill_tps(case: Case, speed: Speed) -> float:
-    return case.batch * case.prefill / speed.first_s
+def _share(operations: float | None, tflops: float | None, seconds: float) -> float | None:
+    return None if operations is None or tflops is None else operations / seconds / (tflops * 1e12)
 
 
 def _dense_speeds(
@@ -111,7 +117,7 @@ def _dense_speeds(
         progress(f"batch {case.batch}, prefill {case.prefill}, float16")
         memory.release()
         try:
-            speeds[case] = measured(model, case, plan.repeats)
+            speeds[case] = measured(model, replace(case, decode=min(case.decode, FP16_STEPS)), plan.repeats)
         except torch.OutOfMemoryError:
             result.notes.append(f"{name}, batch {case.batch}, prefill {case.prefill} does not fit in float16")
     del model
@@ -125,7 +131,7 @@ def _what_fits(error: Exception, model: Any, device: torch.device, case: Case) -
         return str(error)
     engine = getattr(model, "awq_rt_engine", None)
     if engine is not None:
-        engine._session = None
+        del engine.session
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     positions = free // position_bytes(model)

@@ -38,12 +38,27 @@ class Numbers(click.ParamType[tuple[int, ...]]):
         return tuple(int(part) for part in parts)
 
 
+class Pair(click.ParamType[tuple[int, int]]):
+    """Two positive numbers with an x between them."""
+
+    name = "pair"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        parts = str(value).split("x")
+        if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is not BATCHxPREFILL, such as 4x512.", param, ctx)
+        return int(parts[0]), int(parts[1])
+
+
 @click.command()
 @click.argument("model", required=False)
 @click.option("--synthetic", metavar="SHAPE", multiple=True, help="Random weights in a shape such as llama-2-7b.")
 @click.option("--batch", type=Numbers(), default="1", show_default=True, help="Prompts at a time.")
 @click.option("--prefill", type=Numbers(), default="32,128,512,2048", show_default=True, help="Tokens of a prompt.")
 @click.option("--decode", type=Numbers(), default="128", show_default=True, help="Steps after the first new token.")
+@click.option(
+    "--case", "pairs", type=Pair(), multiple=True, metavar="BxP", help="A batch and a prefill instead of every one."
+)
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Medians are of so many.")
 @click.option("--no-fuse", is_flag=True, help="Decode as transformers does.")
 @click.option("--compare", is_flag=True, help="Both fused and unfused.")
@@ -58,6 +73,7 @@ def bench(
     batch: tuple[int, ...],
     prefill: tuple[int, ...],
     decode: tuple[int, ...],
+    pairs: tuple[tuple[int, int], ...],
     repeats: int,
     no_fuse: bool,
     compare: bool,
@@ -76,8 +92,9 @@ def bench(
     """Measure how fast a model answers.
 
     MODEL is a folder, a file or a hub id; --synthetic makes one up, or several, one after another. Every combination of
-    --batch, --prefill and --decode is a row: tokens/s as a user of `generate` sees them, medians after a warm-up, peak
-    memory, and the share of what the device's read bandwidth, measured in the same run, allows.
+    --batch, --prefill and --decode (or of --case and --decode) is a row: tokens/s as a user of `generate` sees them,
+    medians after a warm-up, peak memory, and the share of what the device's read bandwidth, measured in the same run,
+    allows.
     """
     if (model is None) == (not synthetic):
         raise click.UsageError("give a MODEL, or --synthetic with a shape.")
@@ -90,7 +107,7 @@ def bench(
             raise click.UsageError(f"{path} cannot be written: there is no folder {path.parent}.")
 
     from .. import open_checkpoint, registry
-    from ..bench.bandwidth import read_bandwidth
+    from ..bench.bandwidth import matmul_flops, read_bandwidth
     from ..bench.measure import Case
     from ..bench.report import Result
     from ..bench.session import Plan
@@ -105,19 +122,27 @@ def bench(
     options = {"dtype": dtype, "backend": backend, "kernel": kernel, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    cases = tuple(Case(*numbers) for numbers in itertools.product(batch, prefill, decode))
+    pairs = pairs or tuple(itertools.product(batch, prefill))
+    cases = tuple(Case(rows, tokens, steps) for (rows, tokens), steps in itertools.product(pairs, decode))
     fused = (True, False) if compare else (not no_fuse,)
     plan = Plan(cases, fused, fp16, repeats, options)
-    result = Result(_device_name(place), shlex.join(["awq-rt", *sys.argv[1:]]), read_bandwidth(place) / 1e12)
+    flops = matmul_flops(place)
+    command = shlex.join(["awq-rt", *sys.argv[1:]])
+    result = Result(_device_name(place), command, read_bandwidth(place) / 1e12, flops and flops / 1e12)
     try:
-        _measure(plan, checkpoints, place, result, with_load)
-    finally:  # whatever ends a long run, what it measured is kept
+        _measure(plan, checkpoints, place, result, with_load, json_path)
+    finally:
         if result.rows:
             _report(result, json_path, png_path)
 
 
 def _measure(
-    plan: Plan, checkpoints: dict[str, Checkpoint], device: torch.device, result: Result, with_load: bool
+    plan: Plan,
+    checkpoints: dict[str, Checkpoint],
+    device: torch.device,
+    result: Result,
+    with_load: bool,
+    json_path: Path | None,
 ) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -131,6 +156,8 @@ def _measure(
 
         def progress(next_step: str) -> None:
             bar.update(task, description=next_step, advance=1)
+            if json_path is not None and (result.rows or result.loads):
+                result.write_json(json_path)  # whatever ends a long run, even kill -9, what it measured is kept
             if not errors.is_terminal:
                 click.echo(f"{time.perf_counter() - started:6.1f} s  {next_step}", err=True)
 

@@ -11,6 +11,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops import AttentionTensors, Ops
+from ..parallel.group import Group
+from ..parallel.linears import VocabularyParallelHead
 from .cache import KeyValueCache
 from .description import Description, GatedMlp, Layer, Norm
 from .prefill import prefill_attention
@@ -36,6 +38,8 @@ class Decoder:
     ):
         self.description, self.ops, self.device, self.dtype, self.flash = description, ops, device, dtype, flash
         self._head = _head(description.head, ops)
+        projections = [projection for layer in description.layers for projection in layer.projections]
+        self._places = [place for projection in projections for place in projection.places]
         self._tensors: list[AttentionTensors] = []
         self.positions = 0
         self.reserve(1)
@@ -43,10 +47,10 @@ class Decoder:
     @property
     def intact(self) -> bool:
         """Whether the model still consists of the parts that this was made of, with no hooks on them."""
-        return all(
-            getattr(parent, name, None) is child and not child._forward_hooks and not child._forward_pre_hooks
-            for parent, name, child in self.description.parts
-        )
+        for parent, name, child in self.description.parts:
+            if parent._modules.get(name) is not child or child._forward_hooks or child._forward_pre_hooks:
+                return False
+        return True
 
     @property
     def has_mixtures(self) -> bool:
@@ -56,9 +60,13 @@ class Decoder:
     @property
     def current(self) -> bool:
         """Whether the weights are still where they were: a model that moved needs another decoder."""
-        weight = self.description.embedding.weight
-        projections = (projection for layer in self.description.layers for projection in layer.projections)
-        return weight.device == self.device and all(projection.current for projection in projections)
+        embedding = self.description.embedding.weight
+        assert isinstance(embedding, Tensor)
+        for tensors, name, pointer in self._places:
+            tensor = tensors.get(name)
+            if tensor is None or tensor.data_ptr() != pointer:
+                return False
+        return embedding.device == self.device
 
     def reserve(self, positions: int) -> None:
         """Make the tables of angles long enough for `positions`."""
@@ -133,25 +141,32 @@ class Decoder:
         hidden = self._embed(tokens)
         x = ops.rms_norm(hidden, layers[0].attention_norm.weight, layers[0].attention_norm.eps)
         for index, layer in enumerate(layers):
-            y = layer.attention.out(attend(index, layer, layer.attention.qkv(x)))
-            x = self._add_and_norm(y, hidden, layer.attention_post_norm, layer.mlp_norm)
-            y = self._mlp(layer.mlp, x)
+            attention, mlp = layer.attention, layer.mlp
+            y = attention.out.partial(attend(index, layer, attention.qkv(x)))
+            x = self._add_and_norm(y, hidden, layer.attention_post_norm, layer.mlp_norm, attention.out.group)
             after = layers[index + 1].attention_norm if index + 1 < len(layers) else self.description.norm
-            x = self._add_and_norm(y, hidden, layer.mlp_post_norm, after)
+            group = mlp.down.group if isinstance(mlp, GatedMlp) else None
+            x = self._add_and_norm(self._mlp(mlp, x), hidden, layer.mlp_post_norm, after, group)
         return x
 
     def _embed(self, tokens: Tensor) -> Tensor:
         hidden: Tensor = self.description.embedding(tokens).to(self.dtype)
         return hidden if self.description.embedding_scale == 1.0 else hidden * self.description.embedding_scale
 
-    def _add_and_norm(self, y: Tensor, hidden: Tensor, post: Norm | None, norm: Norm) -> Tensor:
+    def _add_and_norm(self, y: Tensor, hidden: Tensor, post: Norm | None, norm: Norm, group: Group | None) -> Tensor:
+        """`hidden` += `y`, which is a part where there is a `group` to sum it over; returns the norm of it."""
+        if group is not None and post is None:
+            return self.ops.all_reduce_add_rms_norm(y, hidden, norm.weight, norm.eps, group)
+        if group is not None:
+            y = group.all_reduce(y)
         if post is not None:
             y = self.ops.rms_norm(y, post.weight, post.eps)
         return self.ops.add_rms_norm(y, hidden, norm.weight, norm.eps)
 
     def _mlp(self, mlp: GatedMlp | nn.Module, x: Tensor) -> Tensor:
+        """The MLP's result, of a gated one this process's part."""
         if isinstance(mlp, GatedMlp):
-            return mlp.down(self.ops.gated_activation(mlp.gate_up(x), mlp.activation))
+            return mlp.down.partial(self.ops.gated_activation(mlp.gate_up(x), mlp.activation))
         y = mlp(x[None])  # transformers' modules take [batch, tokens, H], and some return their router's choice too
         found: Tensor = y[0] if isinstance(y, tuple) else y
         return found.reshape(x.shape)
@@ -163,17 +178,10 @@ class Decoder:
 
 
 def _head(head: nn.Module, ops: Ops) -> Callable[[Tensor], Tensor]:
-    """The linear that gives logits; its weight in 16 bits where a backend reads that and nothing is lost."""
+    """The linear that gives logits. Its weight may be of 16 bits: `models.narrow`."""
     if not isinstance(head, nn.Linear):
         return Projection([head])
-    weight = _narrowed(head.weight) if "dense_linear" in ops.own else head.weight
+    weight = head.weight
+    if isinstance(head, VocabularyParallelHead):
+        return lambda x: head.gather(ops.dense_linear(x, weight, head.bias))
     return lambda x: ops.dense_linear(x, weight, head.bias)
-
-
-def _narrowed(weight: Tensor) -> Tensor:
-    """`weight` in 16 bits where every value is one of 16 bits: checkpoints store it so, and the CPU widens it."""
-    for dtype in (torch.float16, torch.bfloat16):
-        narrow = weight.detach().to(dtype)
-        if weight.dtype == torch.float32 and torch.equal(narrow.float(), weight):
-            return narrow
-    return weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from .. import registry
 from ..backend import Packed
 from ..linear import AwqLinear
+from ..parallel.group import Group
+
+Place = tuple[Mapping[str, Tensor | None], str, int]
+"""A module's tensors, the name of one of them, and the address that it has: quick to look up, past `nn.Module`."""
 
 
 class Projection:
@@ -17,6 +21,10 @@ class Projection:
 
     Where the backend can lay the packed weights of all side by side, they are one product, and the linears then hold
     views of its tensors: nothing is stored twice, and each linear still works alone.
+
+    `places` are those of the linears' weights: one that moves to another device or dtype is packed anew elsewhere.
+
+    `group` are the processes over which the result has to be summed, where the linear's rows are cut.
     """
 
     def __init__(self, linears: Sequence[nn.Module]):
@@ -27,7 +35,8 @@ class Projection:
         if len(packed) == len(self.linears) and len({linear.backend_name for linear in packed}) == 1:
             self._linear = registry.get(packed[0].backend_name).linear
             self._product = _joined(packed) if len(packed) > 1 else packed[0].packed
-        self._pointers = [_pointer(linear) for linear in self.linears]
+        self.places = _places(self.linears)
+        self.group: Group | None = getattr(self.linears[0], "group", None)
 
     @property
     def in_features(self) -> int:
@@ -46,14 +55,13 @@ class Projection:
             parts = zip(moved, self._product.tensors, linear.packed.tensors, strict=True)
             linear.hold(Packed(linear.layout, tuple(_same_part(new, old, part) for new, old, part in parts)))
         self._product = Packed(self._product.layout, tuple(moved))
-        self._pointers = [_pointer(linear) for linear in self.linears]
-
-    @property
-    def current(self) -> bool:
-        """Whether the linears still hold what was joined: one that moves to another device or dtype is packed anew."""
-        return all(pointer == _pointer(linear) for pointer, linear in zip(self._pointers, self.linears, strict=True))
+        self.places = _places(self.linears)
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.partial(x) if self.group is None else self.group.all_reduce(self.partial(x))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This process's part of the result; all of it where there is no `group`."""
         if self._linear is not None and self._product is not None:
             return self._linear(x, self._product)
         outputs = [linear(x) for linear in self.linears]
@@ -66,10 +74,16 @@ def _same_part(new: Tensor, old: Tensor, part: Tensor) -> Tensor:
     return new.as_strided(part.shape, part.stride(), offset)
 
 
-def _pointer(linear: nn.Module) -> int:
-    weight = linear.packed_0 if isinstance(linear, AwqLinear) else linear.weight
-    assert isinstance(weight, Tensor)
-    return weight.data_ptr()
+def _places(linears: Sequence[nn.Module]) -> list[Place]:
+    found: list[Place] = []
+    for linear in linears:
+        packed = isinstance(linear, AwqLinear)
+        tensors: Mapping[str, Tensor | None] = linear._buffers if packed else linear._parameters
+        name = "packed_0" if packed else "weight"
+        weight = tensors.get(name)
+        if weight is not None:  # a dense one that is computed from others moves with them
+            found.append((tensors, name, weight.data_ptr()))
+    return found
 
 
 def _joined(linears: Sequence[AwqLinear]) -> Packed | None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import logging
 import threading
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 from transformers.generation import stopping_criteria as stopping
 
 from ..errors import InvalidInput
 from ..fusion import Decoder, fuse
 from ..fusion.cache import rounded_length
+from ..models.narrow import widen
+from .requests import Prepared, Request, Requests, request
 from .sampler import Sampler, Unsupported
 from .session import Session
 
@@ -37,8 +41,18 @@ class Engine:
 
     def __init__(self, decoder: Decoder | None, max_seq_len: int | None):
         self.decoder, self.max_seq_len = decoder, max_seq_len
+        self.requests = Requests()
         self._lock = threading.Lock()
         self._session: Session | None = None
+
+    @property
+    def session(self) -> Session | None:
+        """The buffers and graphs of the generation before, which the next one takes where it fits."""
+        return self._session
+
+    @session.deleter
+    def session(self) -> None:
+        self._session = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         return Engine(None, self.max_seq_len)  # a copied model has weights of its own
@@ -89,6 +103,41 @@ class FusedGeneration:
 
     awq_rt_engine: Engine
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs: Any = None, generation_config: Any = None, *rest: Any, **keywords: Any) -> Any:
+        asked = None if rest else request(self, inputs, generation_config, keywords)
+        if asked is not None and (prepared := self.awq_rt_engine.requests.get(asked.key)) is not None:
+            try:
+                return self._generate_again(asked, prepared)
+            except Unsupported as reason:
+                log.debug("transformers looks at this request anew: %s", reason)
+        token = _asked.set(asked)
+        try:
+            return super().generate(inputs, generation_config, *rest, **keywords)  # type: ignore[misc]
+        finally:
+            _asked.reset(token)
+
+    def resize_token_embeddings(self, *arguments: Any, **keywords: Any) -> Any:
+        widen(self)  # transformers gives new modules the dtype of the weights before
+        return super().resize_token_embeddings(*arguments, **keywords)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def _generate_again(self, asked: Request, prepared: Prepared) -> Tensor:
+        """The result of a request that was prepared before. Raises `Unsupported` for a prompt that needs more."""
+        engine, ids = self.awq_rt_engine, asked.ids
+        decoder = engine.decoder_of(self)
+        criteria = prepared.criteria_for(ids.shape[1])
+        _check_lengths(decoder, ids, criteria)
+        if asked.mask is not None:
+            lengths = _lengths(ids, asked.mask)
+        elif prepared.pad is not None and bool((ids == prepared.pad.to(ids.device)).any()):
+            raise Unsupported("a mask may follow from the padding")
+        else:
+            lengths = [ids.shape[1]] * len(ids)
+        if asked.streamer is not None:
+            asked.streamer.put(ids.cpu())
+        return engine.generate(ids, lengths, prepared.sampler, criteria, prepared.pad, asked.streamer)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **more: Any
     ) -> Any:
@@ -109,10 +158,10 @@ class FusedGeneration:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        engine = self.awq_rt_engine
+        engine, asked = self.awq_rt_engine, _asked.get()
         try:
             decoder = engine.decoder_of(self)
-            sampler = Sampler(logits_processor, generation_config.do_sample)
+            sampler = Sampler(logits_processor, generation_config.do_sample, input_ids.shape[1])
             lengths = _prompt_lengths(
                 decoder, input_ids, generation_config, stopping_criteria, synced_gpus, model_kwargs
             )
@@ -120,10 +169,18 @@ class FusedGeneration:
             log.info("transformers' own loop runs this generation: %s", reason)
             arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
             return super()._sample(*arguments, **model_kwargs)  # type: ignore[misc]
+        if asked is not None and asked.ids is input_ids:
+            prepared = Prepared.of(sampler, generation_config, stopping_criteria, input_ids.shape[1])
+            if prepared is not None:
+                engine.requests.keep(asked.key, prepared)
         pad = generation_config._pad_token_tensor
         return engine.generate(
             input_ids, lengths, sampler, stopping_criteria, None if pad is None else pad.cpu(), streamer
         )
+
+
+_asked: contextvars.ContextVar[Request | None] = contextvars.ContextVar("awq_rt_asked", default=None)
+"""The request that transformers is preparing."""
 
 
 def attach(model: Any, decoder: Decoder, max_seq_len: int | None = None) -> None:
@@ -142,13 +199,15 @@ def _collect(session: Session, ids: Tensor, criteria: Any, pad: Tensor | None, s
     out = torch.empty(batch, criteria.max_length, dtype=ids.dtype)
     out[:, :count] = ids
     unfinished = torch.ones(batch, dtype=torch.bool)
+    ahead = min(session.ahead, 1)  # a graph that is launched again waits for itself, and would keep the first token
     while bool(unfinished.any()):
-        while left and session.outstanding <= session.ahead:
+        while left and session.outstanding <= ahead:
             session.advance()
             left -= 1
         tokens = session.receive()[:batch]
         out[:, count] = tokens if pad is None else torch.where(unfinished, tokens, pad)
         count += 1
+        ahead = session.ahead
         if streamer is not None:
             streamer.put(out[:, count - 1])
         unfinished &= ~criteria(out[:, :count], None)
@@ -170,23 +229,36 @@ def _prompt_lengths(
         raise Unsupported("the cache is the caller's, or is turned off")
     if other := [type(c).__name__ for c in criteria if type(c) not in CRITERIA]:
         raise Unsupported(f"it is stopped by {', '.join(other)}")
-    batch, count = ids.shape
-    if count == 0 or criteria.max_length is None or criteria.max_length <= count:
+    _check_lengths(decoder, ids, criteria)
+    mask = arguments.get("attention_mask")
+    lengths = [ids.shape[1]] * len(ids) if mask is None else _lengths(ids, mask)
+    positions = arguments.get("position_ids")
+    if positions is not None and not _usual(positions, lengths):
+        raise Unsupported("the positions are the caller's")
+    return lengths
+
+
+def _check_lengths(decoder: Decoder, ids: Tensor, criteria: Any) -> None:
+    """Raises `Unsupported` where there is nothing to do, or the angles of positions would change on the way."""
+    count = ids.shape[1]
+    if count == 0 or len(ids) == 0 or criteria.max_length is None or criteria.max_length <= count:
         raise Unsupported("there is no prompt, or no token to make")
     limit = decoder.description.rotary_limit
     if limit is not None and criteria.max_length > limit:
         raise Unsupported(f"past {limit} positions the angles depend on the length")
-    mask = arguments.get("attention_mask")
-    lengths = [count] * batch if mask is None else mask.sum(-1).tolist()
-    if mask is not None:
-        if mask.shape != ids.shape or min(lengths) == 0:
-            raise Unsupported("the attention mask leaves nothing of a row, or has another shape")
-        padding = torch.arange(count, device=mask.device) < count - mask.sum(-1, keepdim=True)
-        if not bool((mask.bool() == ~padding).all()):
-            raise Unsupported("the attention mask is more than padding on the left")
-    positions = arguments.get("position_ids")
-    if positions is not None and not _usual(positions, lengths):
-        raise Unsupported("the positions are the caller's")
+
+
+def _lengths(ids: Tensor, mask: Tensor) -> list[int]:
+    """How many of each row's `ids` [B, T] count by the `mask` [B, T]. Raises `Unsupported` unless they are the last."""
+    if mask.shape != ids.shape:
+        raise Unsupported("the attention mask has another shape than the ids")
+    count = ids.shape[1]
+    sums = mask.sum(-1).long()
+    padding = torch.arange(count, device=mask.device) < count - sums[:, None]
+    # Told together, because each answer waits for the device.
+    *lengths, plain = torch.cat((sums, (mask.bool() ^ padding).all().view(1))).tolist()
+    if not plain or min(lengths) == 0:
+        raise Unsupported("the attention mask leaves nothing of a row, or is more than padding on the left")
     return lengths
 
 

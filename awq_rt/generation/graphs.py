@@ -20,6 +20,7 @@ class Graphs:
 
     def __init__(self, device: torch.device):
         self.capturing = device.type == "cuda"
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle() if self.capturing else None
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
 
@@ -41,13 +42,17 @@ class Graphs:
 
     def _capture(self, key: Hashable, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 result = function()
         except RuntimeError as error:
             self.capturing = False
             warnings.warn(f"decoding runs without graphs, more slowly: capturing failed: {error}", stacklevel=2)
             return None
+        # Before it captures, torch sets the random generator's offset to 0, on that stream. Where other programs use
+        # the GPU too, that may come after the offset of the first replay, which then draws what was drawn before.
+        torch.cuda.current_stream(self._device).wait_stream(stream)
         self._captured[key] = graph, result
         return graph, result
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import logits_process
+
+from .. import ops
 
 CAPTURABLE = (
     logits_process.TemperatureLogitsWarper,
@@ -24,12 +27,25 @@ class Unsupported(Exception):
     """A request that transformers' own loop has to serve; the message says why."""
 
 
-class Sampler:
-    """`logits` [B, V] -> tokens int64 [B]: processors in their order, in float32, then a draw or the largest."""
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a processor may know of the tokens before: which of them each row has had, bool [B, V + 1], where there is a
+    `penalty`; and how many new ones every row has, a number or int64 []."""
 
-    def __init__(self, processors: Any, draw: bool):
+    had: Tensor | None = None
+    made: int | Tensor = 0
+
+
+class Sampler:
+    """`logits` [B, V] -> tokens int64 [B]: processors in their order, in float32, then a draw or the largest.
+
+    `prompt_count` is the number of ids, padding included, that come before the first new token.
+    """
+
+    def __init__(self, processors: Any, draw: bool, prompt_count: int = 0):
         self.draw = draw
-        self.steps = [_step(processor) for processor in processors]
+        steps = [_step(processor, prompt_count) for processor in processors]
+        self.steps = [step for step in steps if step is not None]
         self.key: Hashable = (draw, *(_key(step) for step in self.steps))
 
     @property
@@ -37,17 +53,43 @@ class Sampler:
         """The processor that needs to know which tokens a row has had, if there is one."""
         return next((step for step in self.steps if isinstance(step, RepetitionPenalty)), None)
 
-    def __call__(self, logits: Tensor, had: Tensor | None) -> Tensor:
-        """`had` bool [B, V + 1]: the tokens that each row has had, where there is a `penalty`."""
+    @property
+    def counts(self) -> bool:
+        """Whether a processor needs to know how many new tokens there are."""
+        return any(isinstance(step, NotBefore) for step in self.steps)
+
+    @property
+    def holds_tensors(self) -> bool:
+        return any(isinstance(value, Tensor) for step in self.steps for value in vars(step).values())
+
+    def __call__(self, logits: Tensor, past: Past, argmax: Callable[[Tensor], Tensor] = ops.argmax) -> Tensor:
         if self.steps or self.draw:
             logits = logits.float()
         for step in self.steps:
-            logits = step(had, logits)
+            logits = step(past, logits)
         if not self.draw:
-            return logits.argmax(dim=-1)
+            return argmax(logits)
         # What torch.multinomial does for one draw, without its check of the probabilities, which would wait.
         shares = logits.softmax(dim=-1)
         return (shares / torch.empty_like(shares).exponential_(1)).argmax(dim=-1)
+
+
+class NotBefore:
+    """transformers' processors of a least length: none of the tokens `ends` among the first `count` new ones."""
+
+    def __init__(self, ends: tuple[int, ...], count: int):
+        self.ends, self.count = ends, count
+
+    def __call__(self, past: Past, logits: Tensor) -> Tensor:
+        if isinstance(past.made, int):
+            early = torch.full((), past.made < self.count, device=logits.device)
+        else:
+            early = past.made < self.count
+        logits = logits.clone()
+        for end in self.ends:
+            if 0 <= end < logits.shape[-1]:
+                logits[:, end].masked_fill_(early, -torch.inf)
+        return logits
 
 
 class RepetitionPenalty:
@@ -66,18 +108,26 @@ class RepetitionPenalty:
         counted = ids.clamp(max=vocabulary).masked_fill(at < ignored, vocabulary)
         return torch.zeros(len(ids), vocabulary + 1, dtype=torch.bool, device=ids.device).scatter_(1, counted, True)
 
-    def __call__(self, had: Tensor, logits: Tensor) -> Tensor:
-        had = had[:, : logits.shape[1]]
+    def __call__(self, past: Past, logits: Tensor) -> Tensor:
+        assert past.had is not None
+        had = past.had[:, : logits.shape[1]]
         return torch.where(had, torch.where(logits < 0, logits * self.penalty, logits / self.penalty), logits)
 
 
-def _step(processor: Any) -> Any:
+def _step(processor: Any, prompt_count: int) -> Any:
+    """The processor itself, or what stands for it; None where it does nothing. Raises `Unsupported`."""
     if type(processor) in CAPTURABLE:
         return processor
     if type(processor) is logits_process.RepetitionPenaltyLogitsProcessor:
         ignored = processor.prompt_ignore_length
         return RepetitionPenalty(processor.penalty, 0 if ignored is None else ignored)
-    raise Unsupported(f"logits go through {type(processor).__name__}")
+    if type(processor) is logits_process.MinLengthLogitsProcessor:
+        count = processor.min_length - prompt_count
+    elif type(processor) is logits_process.MinNewTokensLengthLogitsProcessor:
+        count = processor.prompt_length_to_skip + processor.min_new_tokens - prompt_count
+    else:
+        raise Unsupported(f"logits go through {type(processor).__name__}")
+    return NotBefore(tuple(processor.eos_token_id.flatten().tolist()), count) if count > 0 else None
 
 
 def _key(step: Any) -> Hashable:

@@ -11,7 +11,7 @@ from ..errors import OutOfMemory
 from ..fusion import Decoder
 from ..fusion.cache import KeyValueCache
 from .graphs import Graphs
-from .sampler import Sampler
+from .sampler import Past, Sampler
 
 AHEAD = 2
 """Steps that a GPU is given before the host has seen the tokens of the first: it never waits for the host."""
@@ -36,6 +36,7 @@ class Session:
         decoder.reserve(length)
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=decoder.device)
         self.positions = torch.zeros(batch, dtype=torch.int32, device=decoder.device)
+        self.made = torch.zeros((), dtype=torch.int64, device=decoder.device)  # new tokens a row, where it is asked for
         self.had: Tensor | None = None
         self.sampler = Sampler([], draw=False)
         self.graphs = Graphs(decoder.device)
@@ -61,7 +62,8 @@ class Session:
             had = self._remember(sampler.penalty.tokens_of(ids, logits.shape[-1]))
         self.positions.zero_()  # rows past the batch stay at their first positions, where they harm nobody
         self.positions[:rows] = ends
-        self.tokens[:rows] = sampler(logits, had)
+        self.tokens[:rows] = sampler(logits, Past(had), self.decoder.ops.argmax)
+        self.made.fill_(1)
         self._note()
         self._seen = max(lengths)
         self._send()
@@ -110,9 +112,11 @@ class Session:
 
     def _step(self, seen: int | None) -> Tensor:
         logits = self.decoder.step(self.tokens, self.positions, self.cache, seen)
-        self.tokens.copy_(self.sampler(logits, self.had))
+        self.tokens.copy_(self.sampler(logits, Past(self.had, self.made), self.decoder.ops.argmax))
         self._note()
         self.positions += 1
+        if self.sampler.counts:
+            self.made += 1
         return self.tokens
 
     def _remember(self, tokens: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def test_the_captured_step_is_replayed_at_the_same_positions() -> None:
     found = gpu_step_s(model, case)
     assert found is not None
     assert found > 0
-    assert model.awq_rt_engine._session.positions.tolist()[:3] == [28, 28, 28]
+    assert model.awq_rt_engine.session.positions.tolist()[:3] == [28, 28, 28]
     before = model.generate(torch.arange(40, device=DEVICE).view(2, 20), max_new_tokens=8)
     gpu_step_s(model, case)
     assert torch.equal(model.generate(torch.arange(40, device=DEVICE).view(2, 20), max_new_tokens=8), before)

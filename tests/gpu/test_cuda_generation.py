@@ -12,11 +12,14 @@ from tiny import build, config_of
 from torch import Tensor
 
 import awq_rt
+from awq_rt import fusion, registry
 from awq_rt.errors import OutOfMemory
 from awq_rt.fusion.cache import KeyValueCache
-from awq_rt.fusion.verification import ROUNDINGS
+from awq_rt.fusion.decoder import CHUNK_TOKENS
+from awq_rt.fusion.verification import ROUNDINGS, verified
 from awq_rt.generation import session
 from awq_rt.generation.graphs import Graphs
+from awq_rt.rtc.compiler import CompileForbidden
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "mixtral", "qwen3_moe")
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "moe_intermediate_size": 256}
@@ -46,9 +49,9 @@ def uncaptured(model: Any, monkeypatch: pytest.MonkeyPatch, *arguments: Any, **k
     """The same generation with every step as it is."""
     with monkeypatch.context() as patched:
         patched.setattr(Graphs, "run", lambda self, key, function: function())
-        model.awq_rt_engine._session = None
+        del model.awq_rt_engine.session
         result: Tensor = model.generate(*arguments, **keywords)
-        model.awq_rt_engine._session = None
+        del model.awq_rt_engine.session
         return result
 
 
@@ -71,6 +74,37 @@ def test_logits_of_the_fused_decoder(family: str, dtype: torch.dtype, tmp_path: 
         assert (found.flip(0) - wanted).norm() > ROUNDINGS * 2**0.5 * unit * wanted.norm()
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_a_prompt_of_more_than_one_chunk(family: str, tmp_path: Path) -> None:
+    count = CHUNK_TOKENS + 700
+    model = awq_rt.load(saved(tmp_path, family, max_position_embeddings=2 * CHUNK_TOKENS), fuse=True)
+    decoder, ids = model.fusion.decoder, prompt(1, count)
+    decoder.reserve(count)
+    cache = KeyValueCache(decoder.description, 1, count, decoder.dtype, decoder.device)
+    with torch.no_grad():
+        expected = model(ids, logits_to_keep=1).logits[:, -1].float()
+        found = decoder.prefill(ids, torch.tensor([count - 1]).cuda(), cache).float()
+        early = decoder.prefill(ids, torch.tensor([count - 2]).cuda(), cache).float()
+    limit = ROUNDINGS * 2**0.5 * torch.finfo(decoder.dtype).eps / 2 * expected.norm()
+    assert (found - expected).norm() <= limit
+    assert (early - expected).norm() > limit
+
+
+def test_what_a_decoder_needs_is_compiled_before_it_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_compiling(*arguments: Any) -> Any:
+        monkeypatch.setenv("AWQ_RT_NO_COMPILE", "1")
+        return verified(*arguments)
+
+    monkeypatch.setattr(fusion, "verified", without_compiling)
+    model = awq_rt.load(saved(tmp_path / "one", "llama", hidden_size=320, intermediate_size=544), fuse=True)
+    assert model.generate(prompt(), max_new_tokens=5, do_sample=False).shape == (1, 14)
+    monkeypatch.delenv("AWQ_RT_NO_COMPILE")
+    backend = registry.get("cuda")
+    monkeypatch.setattr(type(backend), "prepare_ops", lambda self, *arguments: None)
+    with pytest.raises(CompileForbidden, match="fused_norm"):
+        awq_rt.load(saved(tmp_path / "two", "llama", hidden_size=352, intermediate_size=576), fuse=True)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_captured_step_gives_the_tokens_of_an_uncaptured_one(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,7 +115,7 @@ def test_a_captured_step_gives_the_tokens_of_an_uncaptured_one(
     mask[0, :5], mask[2, :11] = 0, 0
     arguments = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
     found = model.generate(ids, **arguments)
-    assert len(model.awq_rt_engine._session.graphs) == 1
+    assert len(model.awq_rt_engine.session.graphs) == 1
     assert torch.equal(found, model.generate(ids, **arguments))
     assert torch.equal(found, uncaptured(model, monkeypatch, ids, **arguments))
 
@@ -110,6 +144,18 @@ def test_batches_lengths_and_ways_of_sampling_in_turn(tmp_path: Path, monkeypatc
                     assert torch.equal(found, uncaptured(model, monkeypatch, ids, max_new_tokens=20, **way))
 
 
+def test_a_least_number_of_new_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = awq_rt.load(saved(tmp_path, "llama"), fuse=True)
+    ids = prompt(2, 12)
+    free = model.generate(ids, max_new_tokens=30, do_sample=False)
+    ways = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": int(free[0, 15]), "pad_token_id": 0}
+    assert 0 in model.generate(ids, **ways)[0, 16:].tolist()
+    found = [model.generate(ids, min_new_tokens=20, **ways) for _ in range(2)]  # the second as prepared before
+    assert ways["eos_token_id"] not in found[0][:, 12:32].tolist()[0]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], uncaptured(model, monkeypatch, ids, min_new_tokens=20, **ways))
+
+
 def test_different_seeds_draw_different_tokens(tmp_path: Path) -> None:
     model = awq_rt.load(saved(tmp_path, "llama"))
     drawn = set()
@@ -126,7 +172,7 @@ def test_a_step_that_cannot_be_captured_runs_uncaptured(tmp_path: Path, monkeypa
     def refuse(*arguments: Any, **keywords: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    model.awq_rt_engine._session = None
+    del model.awq_rt_engine.session
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     with pytest.warns(UserWarning, match="not permitted when stream is capturing") as warned:
         found = model.generate(prompt(), max_new_tokens=20, do_sample=False)

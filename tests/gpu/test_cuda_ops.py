@@ -103,6 +103,40 @@ def test_one_activation_is_not_another() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("depth", [8, 896, 4096, 5120])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 32001), (2, 50000), (3, 128256), (4, 4099)])
+def test_dense_linears(gpu: torch.device, rows: int, columns: int, depth: int, dtype: torch.dtype) -> None:
+    x, weight = normal(rows, depth, dtype=dtype), normal(columns, depth, dtype=dtype, seed=1)
+    torch.full((rows, columns), torch.nan, dtype=dtype, device=gpu)  # its memory comes back for the result
+    y = run("dense_linear", x.to(gpu), weight.to(gpu), None)
+    assert exact_ops.dense_linear(x, weight).excess(y) <= 1
+    assert torch.equal(y, run("dense_linear", x.to(gpu), weight.to(gpu), None))
+
+
+def test_dense_linears_that_are_left_to_blas(gpu: torch.device) -> None:
+    x, weight = normal(4, 64, dtype=torch.float16).to(gpu), normal(8, 64, dtype=torch.float16).to(gpu)
+    bias, dense_linear = normal(8, dtype=torch.float16).to(gpu), cuda_ops()["dense_linear"]
+    assert dense_linear(x, weight, bias) is NotImplemented
+    assert dense_linear(torch.cat((x, x)), weight, None) is NotImplemented
+    assert dense_linear(x, weight.bfloat16(), None) is NotImplemented
+    assert dense_linear(x[:, :60].contiguous(), weight[:, :60].contiguous(), None) is NotImplemented
+    assert dense_linear(x, weight[:, :60], None) is NotImplemented
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "count"), [(1, 8), (3, 32000), (1, 128256), (65, 8200)])
+def test_argmax(gpu: torch.device, rows: int, count: int, dtype: torch.dtype) -> None:
+    logits = (normal(rows, count) * 3).to(dtype).to(gpu)  # many equal ones
+    assert run("argmax", logits).tolist() == logits.cpu().float().argmax(-1).tolist()
+    logits[0] = -torch.inf
+    assert run("argmax", logits)[0] == 0
+    logits[0, count // 2], logits[0, count // 3] = -0.0, 0.0
+    assert run("argmax", logits)[0] == count // 3
+    logits[0, count - 1] = torch.nan
+    assert run("argmax", logits)[0] == count - 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("count", [1, 37])
 def test_rope_append(gpu: torch.device, name: str, count: int, dtype: torch.dtype) -> None:
