@@ -14,18 +14,22 @@ from safetensors.torch import load_file, save_file
 
 import awq_rt
 from awq_rt import quantize
-from awq_rt.errors import DestinationExists, MissingTensor, UnknownLayout, UnsupportedDevice, WriteError
-from awq_rt.quantization import store
-from awq_rt.quantization.errors import (
+from awq_rt.errors import (
     AlreadyQuantized,
     CalibrationTooShort,
     CannotPack,
+    DestinationExists,
     InvalidSetting,
+    MissingTensor,
     NonFiniteActivations,
     NonFiniteWeights,
     TokenizerMismatch,
     UnfinishedRunDiffers,
+    UnknownLayout,
+    UnsupportedDevice,
+    WriteError,
 )
+from awq_rt.quantization import store
 from awq_rt.quantization.report import JSON_NAME, PLOT_NAME, BlockReport
 from awq_rt.quantization.source import DenseSource
 from awq_rt.quantization.streaming import StreamedModel
@@ -349,6 +353,39 @@ def test_experts_that_saw_too_little_are_reported_and_stay_close(tmp_path: Path)
     checkpoint = awq_rt.open_checkpoint(tmp_path / "out")
     assert len(checkpoint) == 2 * (4 + 4 * 3)
     assert model.config.num_local_experts == 4
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_fused_on_disk_become_what_separate_ones_do(family: str, tmp_path: Path) -> None:
+    model = write_dense(tmp_path / "separate", family)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    fused = tensors_of(tmp_path / "fused")
+    assert any(tensor.dim() == 3 for tensor in fused.values())
+    reports = [quantize(tmp_path / name, tmp_path / f"{name}-4bit", **SETTINGS) for name in ("separate", "fused")]
+    expected, found = tensors_of(tmp_path / "separate-4bit"), tensors_of(tmp_path / "fused-4bit")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert reports[0].linears == reports[1].linears
+    assert not reports[1].dense
+
+
+def test_fused_experts_that_are_to_be_skipped_are_named_one_by_one(tmp_path: Path) -> None:
+    model = write_dense(tmp_path / "separate", "mixtral")
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    quantize(tmp_path / "fused", tmp_path / "out", **SETTINGS, skip=("experts",))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "experts" in str(config["quantization_config"]["modules_to_not_convert"])
+    assert error_on(tmp_path / "separate", tmp_path / "out") < 0.2
+
+
+def test_fused_experts_without_names_of_their_own_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dense(tmp_path / "separate", "mixtral").save_pretrained(tmp_path / "fused", save_original_format=False)
+    monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", lambda model, state: state)
+    report = quantize(tmp_path / "fused", tmp_path / "out", **SETTINGS)
+    assert report.linears == 2 * 4
+    assert {name.rpartition(".")[2] for name in report.dense} == {"gate_up_proj", "down_proj"}
+    with pytest.raises(CannotPack, match="holds all experts"):
+        quantize(tmp_path / "fused", tmp_path / "strict", **SETTINGS, strict=True)
 
 
 def test_a_missing_tensor_is_named(dense: Path, tmp_path: Path) -> None:

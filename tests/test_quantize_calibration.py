@@ -11,8 +11,8 @@ import pytest
 import torch
 from dense import word_tokenizer
 
+from awq_rt.errors import CalibrationTooShort, InvalidCalibration, TokenizerMismatch
 from awq_rt.quantization.calibration import BUNDLED, Calibration, calibration_samples, check_vocabulary
-from awq_rt.quantization.errors import CalibrationTooShort, InvalidCalibration, TokenizerMismatch
 
 
 def samples(source: Any, tokenizer: Any = None, *, samples: int = 3, length: int = 4, seed: int = 0) -> Calibration:

@@ -2,9 +2,10 @@
 
     python tools/bench_quantize.py MODEL --text GPL-3 --text topics.txt   a dense model; perplexity on local texts
     python tools/bench_quantize.py --shape 7b                             random weights of Llama-2-7B's shape
+    python tools/bench_quantize.py MODEL --text GPL-3 --peer FOLDER       beside a checkpoint of other software
 
 Every row is a process of its own, so that peaks are its own. Times include reading the model and writing the result.
-Appends to benchmarks/quantize.json.
+Appends to benchmarks/quantize.json, and keeps the last run's plot of its losses beside it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,6 +27,8 @@ import click
 import torch
 from bench_reference import ROOT, commit
 from safetensors.torch import save_file
+
+from awq_rt.quantization.report import PLOT_NAME
 
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -53,6 +57,9 @@ SHARD_LAYERS = 8
 @click.option("--length", default=512, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--name", help="The model's name in the rows.")
+@click.option("--peer", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkpoint to evaluate.")
+@click.option("--peer-name", help="Which software wrote it, and from what.")
+@click.option("--note", help="What else should be known of the rows.")
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks" / "quantize.json")
 def main(
     model: str | None,
@@ -63,6 +70,9 @@ def main(
     methods: tuple[str, ...],
     out: Path,
     name: str | None,
+    peer: Path | None,
+    peer_name: str | None,
+    note: str | None,
     **options: Any,
 ) -> None:
     """Measure, print and record."""
@@ -85,8 +95,15 @@ def main(
                 row["largest_shard_gb"] = largest
             if texts:
                 row["perplexity"] = perplexities(str(packed), texts, max_windows)
+            if note:
+                row["note"] = note
             rows.append(row)
             click.echo(json.dumps(row))
+            if shape is None and (packed / PLOT_NAME).is_file():
+                shutil.copyfile(packed / PLOT_NAME, out.with_suffix(".png"))
+        if peer is not None:
+            found = perplexities(str(peer), texts, max_windows)
+            rows.append({"model": name, "method": peer_name or peer.name, "perplexity": found})
     command = f"python tools/bench_quantize.py {' '.join(sys.argv[1:])}"
     before = json.loads(out.read_text()) if out.is_file() else {"command": command, "rows": []}
     if before["command"] != command:

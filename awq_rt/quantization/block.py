@@ -43,7 +43,7 @@ class Packable:
 
 def packable(block: Block, settings: Settings) -> Packable:
     """Every linear of `block`, sorted by whether `settings` ask for it and the layout holds its shape."""
-    found = Packable()
+    found = Packable(dense=dict(block.dense))
     for path, linear in block.linears.items():
         names = block.names[f"{path}.weight"]
         full = names[0].removesuffix(".weight")
@@ -89,6 +89,7 @@ def search_block(
     for part in _parts(block, chosen, structure):
         watched = {site: structure.observed[site] for site in part}
         observed = observe(block.module, call, hidden, watched, block.path, normed=structure.normed)
+        _release(hidden.device)
         scant = _replace_scant(observed, settings)
         mine = {path: observed[structure.sites[path]] for path in chosen.shapes if structure.sites[path] in observed}
         for group in structure.groups:
@@ -100,6 +101,7 @@ def search_block(
                 found, told = _round(block, together, mine[together[0][0]], settings)
                 weights |= found
                 linears += told
+                _release(hidden.device)
         notes += [
             f"{block.path}.{site} saw {tokens} tokens, too few to search with; it was rounded without them"
             for site, tokens in scant.items()
@@ -110,6 +112,12 @@ def search_block(
     return weights, BlockReport(
         block.path, seconds, tuple(groups), tuple(linears), chosen.dense, unscaled, tuple(notes)
     )
+
+
+def _release(device: torch.device) -> None:
+    """Give back device memory that is cached: sites differ in size, so what one leaves would not serve the next."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _chosen(block: Block, chosen: Packable) -> list[tuple[str, nn.Linear]]:
@@ -139,7 +147,7 @@ def _parts(block: Block, chosen: Packable, structure: Structure) -> list[list[st
     size = MOMENTS_BYTES
     for site in wanted:
         if site in structure.expert_downs:
-            needed = 4 * chosen.shapes[site].in_features ** 2
+            needed = 2 * 4 * chosen.shapes[site].in_features ** 2  # one for each half of the text
             if size + needed > MOMENTS_BYTES:
                 parts.append([])
                 size = 0
@@ -192,7 +200,8 @@ def _round(
     groups = grouped(weight, scheme.group_size)
     ranges = search_ranges(weight, second, scheme) if settings.clip else whole_ranges(weight, scheme)
     if settings.rounding == "feedback":
-        codes = round_with_feedback(weight, second, ranges.grid, damping=settings.damping)
+        damping = moments.noise if settings.damping is None else settings.damping
+        codes = round_with_feedback(weight, second, ranges.grid, damping=damping)
     else:
         codes = ranges.grid.codes(groups)
     sizes = [linear.out_features for _, linear in linears]

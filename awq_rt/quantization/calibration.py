@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CalibrationTooShort, InvalidCalibration, TokenizerMismatch
+from ..errors import CalibrationTooShort, InvalidCalibration, TokenizerMismatch
 
 BUNDLED = Path(__file__).parent / "text" / "calibration.txt"
 TEXT_KEYS = ("text", "content", "prompt")

@@ -15,11 +15,10 @@ from .. import __version__
 from ..checkpoint import write_checkpoint
 from ..checkpoint.writer import MAX_SHARD_BYTES
 from ..conversion import describe
-from ..errors import DestinationExists, UnsupportedDevice
+from ..errors import CannotPack, DestinationExists, TokenizerMismatch, UnsupportedDevice
 from ..memory import Trimmer
 from .block import packable, round_block, search_block
 from .calibration import Calibration, Source, calibration_samples, check_vocabulary
-from .errors import CannotPack, TokenizerMismatch
 from .groups import TOKENS, Structure, find_structure
 from .packing import packed_tensors, restore
 from .report import BlockReport, Report, write_report
@@ -155,11 +154,16 @@ class _Run:
     def config(self) -> dict[str, Any]:
         """config.json of the result."""
         packed = self._packed_names()
-        dense = [
-            name.removesuffix(".weight")
-            for name, info in self.source.tensors.items()
-            if len(info.shape) == 2 and name.removesuffix(".weight") not in packed
+        renamed = {name for block in self.model.blocks for name, _ in block.stored.values()}
+        matrices = [n for n, info in self.source.tensors.items() if len(info.shape) == 2 and n not in renamed]
+        matrices += [
+            name
+            for block in self.model.blocks
+            for path in block.stored
+            if block.module.get_parameter(path).dim() == 2
+            for name in block.names[path]
         ]
+        dense = [prefix for name in matrices if (prefix := name.removesuffix(".weight")) not in packed]
         settings = self.settings
         stated = describe(settings.layout, settings.group_size, dense, packed=sorted(packed))
         config = {**self.source.config, "quantization_config": stated}
@@ -221,7 +225,7 @@ class _Run:
 
     def _outside(self) -> Iterator[tuple[str, Tensor]]:
         """The result's tensors outside the blocks."""
-        inside = {name for block in self.model.blocks for names in block.names.values() for name in names}
+        inside = {name for block in self.model.blocks for name in block.sources}
         for name in self.source.tensors:
             if name not in inside:
                 yield name, self.source.stored(name, self.settings.stored_dtype)

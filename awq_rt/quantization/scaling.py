@@ -26,8 +26,9 @@ GRID = 20
 FINALISTS = 3
 """Of the ranked grid, how many are judged exactly."""
 
-SEARCHED_ROWS = 256
-"""Rows of a linear on which candidates are compared, evenly spaced: a scale helps or harms all rows alike."""
+SEARCHED_ROWS, RANKED_ROWS = 256, 64
+"""Rows of a linear, evenly spaced, on which candidates are compared exactly and ranked by the bound: a scale helps or
+harms all rows alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,14 @@ def search_scales(
     where they are the same. Input channels of one producer channel share a scale.
     """
     tied = _Tying(channels, len(mean_abs))
-    consumers = [_sampled(consumer) for consumer in consumers]
+    few = [_sampled(consumer, RANKED_ROWS) for consumer in consumers]
+    consumers = [_sampled(consumer, SEARCHED_ROWS) for consumer in consumers]
     identity = torch.ones(tied.rows, device=mean_abs.device)
     before = exact_loss(consumers, tied.expand(identity), scheme)
     best = Scales(identity, "identity", before, before)
     ranked = sorted(
         _grid(consumers, mean_abs, tied, scheme, search),
-        key=lambda candidate: _bound(consumers, tied.expand(candidate[1]), scheme),
+        key=lambda candidate: _bound(few, tied.expand(candidate[1]), scheme),
     )
     for name, values in ranked[:FINALISTS]:
         loss = exact_loss(consumers, tied.expand(values), scheme)
@@ -150,9 +152,9 @@ def _centred(scales: Tensor) -> Tensor:
     return torch.where(scales.isfinite() & (scales > 0), scales, 1.0)
 
 
-def _sampled(consumer: Consumer) -> Consumer:
-    """Some rows of the linear, each of which stands for several."""
-    step = max(1, len(consumer.weight) // SEARCHED_ROWS)
+def _sampled(consumer: Consumer, rows: int) -> Consumer:
+    """Some `rows` of the linear, each of which stands for several."""
+    step = max(1, len(consumer.weight) // rows)
     return Consumer(consumer.weight[::step], consumer.moments, consumer.share * step)
 
 

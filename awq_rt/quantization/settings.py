@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import UnknownLayout
+from ..errors import InvalidSetting, UnknownLayout
 from ..formats import WRITABLE
-from .errors import InvalidSetting
 from .grid import Scheme
 from .scaling import Search
 
@@ -19,7 +18,10 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to quantise. `group_size` -1 is one group a row; `skip` are parts of names of linears to leave alone."""
+    """How to quantise. `group_size` -1 is one group a row; `skip` are parts of names of linears to leave alone.
+
+    `damping` enlarges the diagonals of second moments, for the feedback only; None: by what the text leaves uncertain.
+    """
 
     method: Literal["awq", "rtn"] = "awq"
     group_size: int = 128
@@ -29,7 +31,7 @@ class Settings:
     grid: str = "both"
     clip: bool = True
     rounding: Literal["feedback", "nearest"] = "feedback"
-    damping: float = 0.05
+    damping: float | None = None
     samples: int = 128
     length: int = 512
     seed: int = 0
@@ -50,7 +52,7 @@ class Settings:
         for name in ("samples", "length"):
             if getattr(self, name) < 1:
                 raise InvalidSetting(f"{name} is {getattr(self, name)}; at least 1 is expected")
-        if not self.damping >= 0:
+        if self.damping is not None and not self.damping >= 0:
             raise InvalidSetting(f"damping is {self.damping}; 0 or more is expected")
 
     def scheme(self, in_features: int) -> Scheme:

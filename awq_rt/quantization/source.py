@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.files import locate, read_json
-from ..checkpoint.reader import _homes
+from ..checkpoint.reader import tensor_homes
 from ..checkpoint.storage import open_file
+from ..errors import AlreadyQuantized, NonFiniteWeights
 from ..formats import MARKERS, TensorInfo
-from .errors import AlreadyQuantized, NonFiniteWeights
 
 
 class DenseSource:
@@ -30,13 +30,14 @@ class DenseSource:
         self.config: dict[str, Any] = read_json(path) if path.is_file() else {}
         self.linears: tuple[str, ...] = ()
         self._files = tuple(open_file(file) for file in located.weights)
-        self._homes = _homes(self._files, located.index, self.root)
+        self._homes = tensor_homes(self._files, located.index, self.root)
         self.tensors: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._homes.items()}
         self._check_dense()
 
-    def read(self, name: str, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """The tensor on `device`, floating ones in `dtype`. Raises `NonFiniteWeights`."""
-        tensor = self._homes[name].view(name).to(device)
+    def read(self, name: str, device: torch.device | str, dtype: torch.dtype, *, part: int | None = None) -> Tensor:
+        """The tensor, or its entry `part`, on `device`, floating ones in `dtype`. Raises `NonFiniteWeights`."""
+        whole = self._homes[name].view(name)
+        tensor = (whole if part is None else whole[part]).to(device)
         if not tensor.is_floating_point():
             return tensor.clone()
         if not bool(torch.isfinite(tensor).all()):
@@ -46,6 +47,10 @@ class DenseSource:
     def stored(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor as a checkpoint in `dtype` holds it; it may share pages with the file."""
         return as_stored(name, self._homes[name].view(name), dtype)
+
+    @property
+    def dense(self) -> dict[str, TensorInfo]:
+        return self.tensors
 
     @property
     def digest(self) -> str:

@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import WriteError
-from .errors import UnfinishedRunDiffers
+from ..errors import UnfinishedRunDiffers, WriteError
 from .report import BlockReport
 
 RUN = "run.json"

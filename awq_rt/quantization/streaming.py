@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import MissingTensor, ModelMismatch
 from ..models.architecture import architecture
-from ..models.placement import DOWN, EXPERT_NUMBER, GATE_UP, _Renaming
+from ..models.placement import DOWN, EXPERT_NUMBER, GATE_UP, Renaming
 from .experts import UnfusedExperts
 from .source import DenseSource
 
@@ -42,16 +42,26 @@ class Call:
 class Block:
     """A decoder block: `path` in the model and, by path in the block, the checkpoint's names for each parameter.
 
-    A parameter has one name, or two where gate and up of an expert are set beside each other.
+    A parameter has one name, or two where gate and up of an expert are set beside each other. Where the source keeps
+    all experts in one tensor, `names` are those to be written, and `stored` has the source's name of what differs and
+    the expert's number. `dense` are the source's tensors that hold several matrices and stay so, with the reason.
     """
 
     path: str
     module: nn.Module
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    stored: dict[str, tuple[str, int | None]] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
         return {path: module for path, module in self.module.named_modules() if isinstance(module, nn.Linear)}
+
+    @property
+    def sources(self) -> set[str]:
+        """The source's names of all that is in the block."""
+        same = {name for path, names in self.names.items() if path not in self.stored for name in names}
+        return same | {name for name, _ in self.stored.values()}
 
 
 class StreamedModel:
@@ -62,7 +72,7 @@ class StreamedModel:
         self.config, model_class = architecture(source, trust_remote_code)  # type: ignore[arg-type]
         self.model = _empty(self.config, model_class)
         self.decoder = self.model.get_decoder()
-        rename = _Renaming(self.model)
+        self._rename = rename = Renaming(self.model)
         targets: dict[str, list[tuple[str, Any, int]]] = {}
         for name in source.tensors:
             target, converter, part = rename(name)
@@ -96,27 +106,28 @@ class StreamedModel:
         for buffer_name, buffer in list(self.decoder.named_buffers()):
             owner, _, name = buffer_name.rpartition(".")
             self.decoder.get_submodule(owner)._buffers[name] = buffer.to(self.device)
-        hidden, calls = [], None
-        for sample in tokens:
+        hidden, calls = tokens.new_empty(0), None
+        for number, sample in enumerate(tokens):
             states, again = self._record(sample[None].to(self.device))
             if calls is None:
-                calls = again
-            elif len(hidden) == 1 and not _same(calls, again):
+                hidden, calls = states.new_empty(len(tokens), *states.shape[1:]), again
+            elif number == 1 and not _same(calls, again):
                 raise NotImplementedError(
                     f"the blocks of {type(self.model).__name__} are called with arguments that depend on the text, "
                     "which awq_rt cannot keep between layers"
                 )
-            hidden.append(states)
+            hidden[number] = states[0]
         for name in wanted:
             self._place(self.model, name, None)
         assert calls is not None
-        return torch.cat(hidden), calls
+        return hidden, calls
 
     @contextmanager
     def loaded(self, block: Block) -> Iterator[nn.Module]:
         """The block with its weights, which are let go at the end."""
         for path, names in block.names.items():
-            parts = [self.source.read(name, self.device, torch.float32) for name in names]
+            stored = [block.stored[path]] if path in block.stored else [(name, None) for name in names]
+            parts = [self.source.read(name, self.device, torch.float32, part=part) for name, part in stored]
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
             expected = block.module.get_parameter(path).shape
             if tensor.shape != expected:
@@ -136,34 +147,69 @@ class StreamedModel:
 
     def _block(self, path: str, module: nn.Module, targets: dict[str, list[tuple[str, Any, int]]]) -> Block:
         block = Block(path, module)
-        for relative, parameter in list(module.named_parameters()):
+        parameters = dict(module.named_parameters())
+        written = self._written(path, parameters, targets)
+        for relative, parameter in parameters.items():
             found = targets.get(f"{path}.{relative}", [])
             if not found:
                 raise MissingTensor(f"{self.source.root} lacks {path}.{relative} of {type(self.model).__name__}")
-            if found[0][1] is None:
-                block.names[relative] = (found[0][0],)
-                continue
             owner, _, kind = relative.rpartition(".")
-            operations = [type(operation).__name__ for operation in found[0][1].operations]
-            if kind not in (GATE_UP, DOWN) or operations not in FUSIONS:
-                raise NotImplementedError(
-                    f"transformers turns {found[0][0]} into {path}.{relative} by {', '.join(operations)}, "
-                    "which awq_rt cannot undo"
-                )
-            experts = self._unfused(module, owner, parameter, kind)
-            for number, names in _by_expert(found).items():
-                block.names[f"{experts}.{'gate_up' if kind == GATE_UP else 'down'}.{number}.weight"] = names
+            source, converter, _ = found[0]
+            together = converter is None and _is_stack(relative, parameter)
+            parts = written.get(relative, []) if together else found
+            if (together and parts) or converter is not None:
+                operations = _operations(parts[0][1])
+                if kind not in (GATE_UP, DOWN) or operations not in FUSIONS:
+                    raise NotImplementedError(
+                        f"transformers turns {parts[0][0]} into {path}.{relative} by {', '.join(operations)}, "
+                        "which awq_rt cannot undo"
+                    )
+                self._unfuse(module, owner, parameter, kind)
+                for number, names in _by_expert(parts).items():
+                    own = f"{owner}.{'gate_up' if kind == GATE_UP else 'down'}.{number}.weight"
+                    block.names[own] = names
+                    if together:
+                        block.stored[own] = (source, number)
+                continue
+            block.names[relative] = (source,)
+            if together:
+                block.dense[source] = "it holds all experts, and transformers has no names for them apart"
+            elif relative in written and written[relative][0][0] != source:
+                block.names[relative], block.stored[relative] = (written[relative][0][0],), (source, None)
         return block
 
+    def _written(
+        self, path: str, parameters: dict[str, nn.Parameter], targets: dict[str, list[tuple[str, Any, int]]]
+    ) -> dict[str, list[tuple[str, Any, int]]]:
+        """Path in the block -> what it is saved as, as in `targets`, where the source keeps all experts in one tensor.
+
+        Such a checkpoint has transformers' own names throughout. What is written has the names of the architecture's
+        checkpoints, which other software knows, with the source's prefix. Empty for all other checkpoints.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        stacks = [name for name, parameter in parameters.items() if _is_stack(name, parameter)]
+        source = next((found[0] for name in stacks if (found := targets.get(f"{path}.{name}"))), None)
+        if source is None or source[1] is not None:
+            return {}
+        prefix = source[0].removesuffix(stacks[0]) if source[0].endswith(stacks[0]) else f"{path}."
+        written: dict[str, list[tuple[str, Any, int]]] = {}
+        for name in revert_weight_conversion(self.model, {f"{path}.{name}": p for name, p in parameters.items()}):
+            target, converter, part = self._rename(name)
+            relative = target.removeprefix(f"{path}.")
+            if converter is not None or not _is_stack(relative, parameters[relative]):
+                own = f"{prefix}{name.removeprefix(f'{path}.')}"
+                written.setdefault(relative, []).append((own, converter, part))
+        return written
+
     @staticmethod
-    def _unfused(module: nn.Module, owner: str, parameter: Tensor, kind: str) -> str:
-        """`owner`, where an `UnfusedExperts` stands from now on."""
+    def _unfuse(module: nn.Module, owner: str, parameter: Tensor, kind: str) -> None:
+        """Put an `UnfusedExperts` in the place of `owner`."""
         fused = module.get_submodule(owner)
         if not isinstance(fused, UnfusedExperts):
             experts, out_features, in_features = parameter.shape
             sizes = (in_features, out_features // 2) if kind == GATE_UP else (out_features, in_features)
             _set(module, owner, UnfusedExperts(fused, experts, *sizes))
-        return owner
 
     def _record(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """The hidden states before the first block, and each block's call, from a run in which blocks do nothing."""
@@ -244,6 +290,15 @@ def _blocks(model: Any, decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     # The outermost: an expert's list lies inside a block.
     outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
     return max(outer, key=lambda entry: len(entry[1]))
+
+
+def _is_stack(name: str, parameter: Tensor) -> bool:
+    """Whether `name`, a path in a block, is of all experts' matrices in one parameter [E, out, in]."""
+    return name.rpartition(".")[2] in (GATE_UP, DOWN) and parameter.dim() == 3
+
+
+def _operations(converter: Any) -> list[str]:
+    return [type(operation).__name__ for operation in converter.operations]
 
 
 def _by_expert(found: list[tuple[str, Any, int]]) -> dict[int, tuple[str, ...]]:
