@@ -27,6 +27,9 @@ VERSIONS: Mapping[str, tuple[str, ...]] = {
 OLD_FILES = ("quant_config.json", "quantize_config.json")
 METHODS = ("awq", "compressed-tensors", "auto-round", "autoround", "intel/auto-round")
 
+METHODS_OF = dict.fromkeys(("rtn", "teq"), "neural_compressor (Intel Neural Compressor)")
+"""Methods that only the software that wrote them names."""
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizationConfig:
@@ -67,7 +70,7 @@ def parse(raw: Any, source: str) -> QuantizationConfig:
     if method not in METHODS:
         raise UnsupportedFormat(
             f"{source} names quantisation method {method!r}; awq_rt loads AWQ (also as written by llm-compressor and "
-            "auto-round); transformers may load this one"
+            f"auto-round); {METHODS_OF.get(method, 'transformers')} may load this one"
         )
     if method == "compressed-tensors":
         return _parse_compressed_tensors(raw, source)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import CheckpointNotFound, CorruptFile, HubUnavailable, InvalidConfig, MissingShard
+from ..errors import CheckpointNotFound, CorruptFile, HubUnavailable, InvalidConfig, MissingShard, UnsupportedFormat
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -22,7 +22,18 @@ SHARD = re.compile(r"(.+)-(\d{1,5})-of-(\d{1,5})\.(safetensors|bin|pt)")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
 """What a model needs beside its weights: configuration, tokenizer, chat template, code."""
 
-NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state|consolidated).*")
+LONGEST_NAME = 255
+"""Characters that file systems allow a name; bytes they count too, but no weight file's name is that long."""
+
+NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state|consolidated|openvino_).*")
+
+FOREIGN_FILES = {
+    "openvino_*.xml": "exported to OpenVINO by optimum-intel; load it with OVModelForCausalLM, or quantise the model "
+    "with awq_rt.quantize",
+    "quantized_weight.pt": "saved by Intel Neural Compressor in its own format, which packs as GPTQ does; load it with "
+    "neural_compressor, or quantise the model with awq_rt.quantize",
+}
+"""Files that other software leaves beside no weights of ours, and what they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +84,8 @@ def _existing(name: str) -> Path | None:
 
 def _in_folder(root: Path) -> CheckpointFiles:
     for pattern in WEIGHTS:
+        if pattern == INDEXES[1]:  # no safetensors so far
+            _check_not_foreign(root)
         if weights := _matching(root, pattern):
             if pattern in INDEXES:
                 return _from_index(root, pattern)
@@ -82,6 +95,12 @@ def _in_folder(root: Path) -> CheckpointFiles:
         f"{root} holds no weights; expected one of {', '.join(WEIGHTS)}; "
         f"found {', '.join(sorted(path.name for path in root.iterdir())[:12]) or 'nothing'}"
     )
+
+
+def _check_not_foreign(root: Path) -> None:
+    for pattern, meaning in FOREIGN_FILES.items():
+        if found := next(iter(sorted(root.glob(pattern))), None):
+            raise UnsupportedFormat(f"{root} holds {found.name}: it was {meaning}")
 
 
 def _matching(root: Path, pattern: str) -> list[Path]:
@@ -107,8 +126,9 @@ def _weight_map(root: Path, index_name: str) -> dict[str, str]:
         raise InvalidConfig(f"{root / index_name} has no weight_map; download it again")
     for tensor, file_name in weight_map.items():
         # A plain file name only: an index must not lead out of its folder.
-        if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
-            raise InvalidConfig(f"{root / index_name} places {tensor} in {file_name!r}; a file name is expected")
+        plain = isinstance(file_name, str) and Path(file_name).name == file_name and file_name not in ("", ".", "..")
+        if not plain or len(file_name) > LONGEST_NAME:
+            raise InvalidConfig(f"{root / index_name} places {tensor} in {file_name!r:.300}; a file name is expected")
     return weight_map
 
 

@@ -77,7 +77,7 @@ class Checkpoint(Mapping[str, AwqWeight]):
         self.source = files.source
         self.config, self.quantization = read_config(files.root)
         self._files = tuple(open_file(path) for path in files.weights)
-        self._home = _homes(self._files, files.index, files.root)
+        self._home = tensor_homes(self._files, files.index, files.root)
         infos = {name: file.tensors[name] for name, file in self._home.items()}
         packed, self.dense = _grouped(infos)
         if not packed:
@@ -137,7 +137,7 @@ class Checkpoint(Mapping[str, AwqWeight]):
         """
         linear = self.linears[name]
         layout = LAYOUTS[linear.layout]
-        stored = {suffix: self._read(info.name).to(device) for suffix, info in linear.tensors.items()}
+        stored = {suffix: self._read_to(info.name, torch.device(device)) for suffix, info in linear.tensors.items()}
         scales = stored["weight_scale" if "weight_scale" in stored else "scales"]
         if not bool(torch.isfinite(scales).all()):
             raise NonFiniteScales(f"{name}: scales hold NaN or infinity; the checkpoint was written wrongly")
@@ -154,6 +154,14 @@ class Checkpoint(Mapping[str, AwqWeight]):
 
     def _read(self, name: str) -> Tensor:
         return self._home[name].read(name)
+
+    def _read_to(self, name: str, device: torch.device) -> Tensor:
+        """To a GPU through page-locked memory, which it reads by itself: from other memory at a tenth of the speed."""
+        if device.type != "cuda":
+            return self._read(name).to(device)
+        view = self._home[name].view(name)
+        locked = torch.empty(view.shape, dtype=view.dtype, pin_memory=True).copy_(view)
+        return locked.to(device, non_blocking=True)
 
     def _group_size_from_padding(
         self, packed: Mapping[str, Mapping[str, TensorInfo]], layouts: Mapping[str, Layout]
@@ -223,7 +231,7 @@ def open_checkpoint(
     return Checkpoint(locate(id_or_path, revision=revision, token=token), group_size)
 
 
-def _homes(files: tuple[TensorFile, ...], index: Mapping[str, str] | None, root: Path) -> dict[str, TensorFile]:
+def tensor_homes(files: tuple[TensorFile, ...], index: Mapping[str, str] | None, root: Path) -> dict[str, TensorFile]:
     """The file of every tensor, checked against the index."""
     homes: dict[str, TensorFile] = {}
     for file in files:

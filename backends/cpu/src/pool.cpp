@@ -12,8 +12,13 @@ namespace awq {
 namespace {
 
 // How long an idle worker looks for the next job before it sleeps. Between two operators of a decoder lie 3 to 30 us
-// of Python; waking a sleeper costs its caller 5 us and takes 50.
+// of Python; waking a sleeper costs its caller 5 us and takes 50. While it looks it yields: where there are more threads
+// than processors, the one that it waits for is perhaps next.
 constexpr std::chrono::microseconds kSpin{200};
+
+// How often the caller looks whether the others are done before it sleeps, some 20 us: a part takes a few. One that
+// takes longer is in a thread that lost its processor, and this one's may be what it needs.
+constexpr int kLooks = 1024;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -47,7 +52,16 @@ public:
         take_parts();
         job_.fetch_add(1);
         // Whoever is inside now took a part before the job closed. Those who come later see that it is closed.
-        for (int64_t turn = 0; inside_.load() > 0; turn++) turn < 4096 ? pause() : std::this_thread::yield();
+        for (int look = 0; inside_.load() > 0; look++) {
+            if (look < kLooks) {
+                pause();
+                continue;
+            }
+            std::unique_lock<std::mutex> hold(sleep_);
+            awaited_.store(true);
+            left_.wait(hold, [&] { return inside_.load() == 0; });
+            awaited_.store(false);
+        }
     }
 
 private:
@@ -69,7 +83,11 @@ private:
                 seen = now;
                 take_parts();
             }
-            inside_.fetch_sub(1);
+            // As above: either this thread sees the caller waiting, or the caller sees nobody inside.
+            if (inside_.fetch_sub(1) == 1 && awaited_.load()) {
+                std::lock_guard<std::mutex> hold(sleep_);
+                left_.notify_one();
+            }
         }
     }
 
@@ -84,6 +102,7 @@ private:
         do {
             for (int i = 0; i < 32; i++, pause())
                 if (open_after(seen, job)) return job;
+            std::this_thread::yield();
         } while (std::chrono::steady_clock::now() < end);
         std::unique_lock<std::mutex> hold(sleep_);
         sleeping_.fetch_add(1);
@@ -106,9 +125,10 @@ private:
     alignas(64) std::atomic<uint64_t> job_{0};
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<int> inside_{0};
-    alignas(64) std::atomic<int> sleeping_{0};
+    alignas(64) std::atomic<int> sleeping_{0};  // workers that a new job must wake
+    std::atomic<bool> awaited_{false};           // the caller sleeps until nobody is inside
     std::mutex sleep_;
-    std::condition_variable wake_;
+    std::condition_variable wake_, left_;
 };
 
 // Never destroyed: its threads live as long as the process.
