@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from .devices import Device, Probe, Refusal
+from .devices import Device, Probe, Refusal, Tool
 from .weights import AwqWeight
 
 if TYPE_CHECKING:
@@ -112,3 +112,10 @@ class PreparesOps(Protocol):
         attentions: Collection[tuple[AttentionSpec, bool]],
     ) -> None:
         """For norms of sizes `hidden`, (intermediate size, activation) and (attention, whether it has slopes)."""
+
+
+class Equipped(Protocol):
+    """What a backend may bring beside (since 1.1): what it compiles with at run time, for `awq-rt doctor`."""
+
+    def tools(self) -> Sequence[Tool]:
+        """The compiler, its headers and the runtime, and where each was found. Creates no device context."""

@@ -61,6 +61,15 @@ class Probe:
     refusals: tuple[Refusal, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """What a backend compiles with at run time: a compiler, its headers, a runtime; `path` is where it was found."""
+
+    name: str
+    version: str
+    path: str
+
+
 def cpu() -> Probe:
     """The host processor."""
     name = platform.processor() or platform.machine()

@@ -192,6 +192,69 @@ class InvalidWeight(AwqRtError, ValueError):
     code = "AWQ-INPUT-002"
 
 
+# --- quantising ------------------------------------------------------------------------------------------------------
+
+
+class QuantizeError(AwqRtError):
+    """A model cannot be quantised as asked. What was finished is kept."""
+
+    code = "AWQ-QUANT-000"
+
+
+class AlreadyQuantized(QuantizeError, CheckpointError):
+    """The source holds packed weights, or its configuration names a quantisation."""
+
+    code = "AWQ-QUANT-001"
+
+
+class NonFiniteWeights(QuantizeError):
+    """A weight holds NaN or infinity, or is too large for the dtype that it is stored in."""
+
+    code = "AWQ-QUANT-002"
+
+
+class NonFiniteActivations(QuantizeError):
+    """A layer's input holds NaN or infinity."""
+
+    code = "AWQ-QUANT-003"
+
+
+class CalibrationTooShort(QuantizeError):
+    """The calibration text is empty, or gives fewer tokens than one sample needs."""
+
+    code = "AWQ-QUANT-004"
+
+
+class InvalidCalibration(QuantizeError):
+    """The calibration source cannot be read, or is of an unknown kind."""
+
+    code = "AWQ-QUANT-005"
+
+
+class TokenizerMismatch(QuantizeError):
+    """Token ids exceed the model's vocabulary, or there is no tokenizer to make them."""
+
+    code = "AWQ-QUANT-006"
+
+
+class CannotPack(QuantizeError):
+    """Some linears have shapes that 4-bit packing does not hold, and `strict` was asked for; or none can be packed."""
+
+    code = "AWQ-QUANT-007"
+
+
+class UnfinishedRunDiffers(QuantizeError):
+    """An unfinished run beside the destination was made from another model, text or settings, or is damaged."""
+
+    code = "AWQ-QUANT-008"
+
+
+class InvalidSetting(QuantizeError, ValueError):
+    """A setting of the search has a value that it cannot have."""
+
+    code = "AWQ-QUANT-009"
+
+
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
@@ -205,3 +268,45 @@ class CannotFuseModel(AwqRtError):
     """Fusing was asked for, and the model is not built as fused decoders are; the message says which module."""
 
     code = "AWQ-FUSE-001"
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+class ParallelError(AwqRtError):
+    """The processes of a model that is cut over several devices cannot work together."""
+
+    code = "AWQ-PARALLEL-000"
+
+
+class NotLaunched(ParallelError):
+    """There is no process for each device: the program was not started by torchrun, or not with as many."""
+
+    code = "AWQ-PARALLEL-001"
+
+
+class CannotShard(ParallelError):
+    """The model has fewer parts than there are processes; the message says how many it has."""
+
+    code = "AWQ-PARALLEL-002"
+
+
+class PeerLost(ParallelError):
+    """Another process of the model has ended, or does not answer."""
+
+    code = "AWQ-PARALLEL-003"
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+class UnsupportedAdapter(AwqRtError, NotImplementedError):
+    """PEFT was asked for something that needs the weight of a linear as a matrix: merging, DoRA, an SVD of it."""
+
+    code = "AWQ-ADAPTER-001"
+
+
+class NonFiniteOutput(AwqRtError):
+    """With `AWQ_RT_CHECK=1`: a module's inputs were finite and its output is not."""
+
+    code = "AWQ-NUMERIC-001"

@@ -7,14 +7,18 @@ because what mends it may lie outside the plugin.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +30,13 @@ from .errors import BackendError
 TIME_LIMIT_S = 120
 MARK = "awq_rt worker answers: "
 """Starts a line that is an answer, so that whatever a plugin prints on import does not matter."""
+KILL_LIMIT_S = 10
+_END = object()
 
 
 def examine(name: str, version: str) -> Refusal | None:
     """None when the plugin `name` loads, keeps the contract and computes rightly on every device it finds."""
-    remembered = cache.cache_dir() / "plugins" / f"{_fingerprint(name, version)}.json"
+    remembered = cache.cache_dir() / "plugins" / f"{fingerprint(name, version)}.json"
     if cache.read_json(remembered) == "passed":
         return None
     refusal = _examine_elsewhere(name)
@@ -52,23 +58,56 @@ class Outcome:
 def ask(module: str, *arguments: str, limit_s: float) -> Outcome:
     """Run `main()` of `module` in a fresh interpreter that looks for modules exactly where this one does.
 
-    The module answers by calling `answer`, as often as it likes; what else it prints does not matter.
+    The module answers by calling `answer`, as often as it likes; what else it prints does not matter. It is ended when
+    `limit_s` pass without an answer.
     """
     code = f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); from {module} import main; main()"
     command = [sys.executable, "-c", code, os.pathsep.join(map(str, sys.path)), *arguments]
+    with tempfile.TemporaryFile() as complaints:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,  # what is piped into the user's program is not the worker's
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+            )
+        except OSError as error:
+            return Outcome((), f"could not be started ({error})", "")
+        answers: list[Any] = []
+        try:
+            in_time = _listen(process, answers, limit_s)
+        finally:
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold a dead process for good
+                process.wait(KILL_LIMIT_S)
+        complaints.seek(0)
+        complaint = _last_line(complaints.read())
+    if not in_time:
+        return Outcome(tuple(answers), f"did not end in {limit_s:g} s", complaint, True)
+    return Outcome(tuple(answers), _ending(process.returncode), complaint)
+
+
+def _listen(process: subprocess.Popen[bytes], answers: list[Any], limit_s: float) -> bool:
+    """Collect what `process` answers until it has ended. False when it was silent for too long."""
+    heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        with process.stdout as lines:
+            for line in lines:
+                text = line.decode(errors="replace")
+                if text.startswith(MARK):
+                    heard.put(json.loads(text.removeprefix(MARK)))
+        heard.put(_END)
+
+    threading.Thread(target=read, daemon=True).start()
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,  # what is piped into the user's program is not the worker's
-            capture_output=True,
-            timeout=limit_s,
-            check=False,
-        )
-    except OSError as error:
-        return Outcome((), f"could not be started ({error})", "")
-    except subprocess.TimeoutExpired as error:
-        return Outcome(_answers(error.stdout), f"did not end in {limit_s:g} s", _last_line(error.stderr), True)
-    return Outcome(_answers(done.stdout), _ending(done.returncode), _last_line(done.stderr))
+        while (said := heard.get(timeout=limit_s)) is not _END:
+            answers.append(said)
+        process.wait(limit_s)
+    except (queue.Empty, subprocess.TimeoutExpired):
+        return False
+    return True
 
 
 def answer(value: object) -> None:
@@ -76,13 +115,8 @@ def answer(value: object) -> None:
     print("\n" + MARK + json.dumps(value), flush=True)
 
 
-def _answers(stdout: bytes | None) -> tuple[Any, ...]:
-    lines = (stdout or b"").decode(errors="replace").splitlines()
-    return tuple(json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK))
-
-
-def _last_line(stderr: bytes | None) -> str:
-    return ((stderr or b"").decode(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+def _last_line(stderr: bytes) -> str:
+    return (stderr.decode(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
 
 
 def _ending(returncode: int) -> str:
@@ -114,7 +148,8 @@ def _time_limit_s() -> float:
         raise BackendError(f"AWQ_RT_EXAMINATION_TIMEOUT is {chosen!r}; a number of seconds is expected") from None
 
 
-def _fingerprint(name: str, version: str) -> str:
+def fingerprint(name: str, version: str) -> str:
+    """A word that changes with the plugin's files, torch, Python, awq_rt and the GPU driver."""
     parts = [
         name,
         version,

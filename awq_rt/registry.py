@@ -26,6 +26,9 @@ from .examination import examine
 ENTRY_POINT_GROUP = "awq_rt.backends"
 MEMBERS = ("name", "version", "contract", "priority", "kernels", "ops", "probe", "supports", "pack", "unpack", "linear")
 
+_distrusted: dict[tuple[str, LinearSpec, Device], Refusal] = {}
+"""Kernels that computed wrongly in this process, by backend, linear and device."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
@@ -125,7 +128,7 @@ def select(spec: LinearSpec, device: Device, backend: str | None = None) -> Choi
                             f"kernels here: auto, {_listed(known)}")  # fmt: skip
     refusals = [(p.name, p.refusal) for p in plugins() if p.refusal is not None and backend is None]
     for candidate in candidates:
-        refusal = _refusal(candidate, spec, device)
+        refusal = refusal_of(candidate, spec, device)
         if refusal is None:
             return Choice(candidate, tuple(refusals))
         refusals.append((candidate.name, refusal))
@@ -133,7 +136,10 @@ def select(spec: LinearSpec, device: Device, backend: str | None = None) -> Choi
     raise NoBackend(f"no backend can serve {spec} on {device}:\n{reasons}")
 
 
-def _refusal(backend: Backend, spec: LinearSpec, device: Device) -> Refusal | None:
+def refusal_of(backend: Backend, spec: LinearSpec, device: Device) -> Refusal | None:
+    """None when `backend` serves `spec` on `device`, else why not."""
+    if refusal := _distrusted.get((backend.name, spec, device)):
+        return refusal
     if spec.kernel not in ("auto", *backend.kernels):
         fix = f"choose one of: auto, {_listed(backend.kernels)}"
         return Refusal("AWQ-BACKEND-002", f"it has no kernel {spec.kernel!r}", fix)
@@ -142,6 +148,16 @@ def _refusal(backend: Backend, spec: LinearSpec, device: Device) -> Refusal | No
     except Exception as error:  # the contract forbids it; the backends below can still serve
         reason = f"supports() raised {type(error).__name__}: {error}"
         return Refusal("AWQ-BACKEND-018", reason, f"update {backend.name}")
+
+
+def distrust(name: str, spec: LinearSpec, device: Device, refusal: Refusal) -> bool:
+    """Let the backend `name` serve no `spec` on `device` any more in this process: it was seen to be wrong.
+
+    True when it is the first time for this backend on this device.
+    """
+    first = not any((known, place) == (name, device) for known, _, place in _distrusted)
+    _distrusted[name, spec, device] = refusal
+    return first
 
 
 def torch_refusal(device_type: str) -> Refusal | None:

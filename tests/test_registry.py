@@ -308,7 +308,8 @@ CORE = Path(registry.__file__).parent
 GPU_MODULES = ("cuda", "hip", "cupy", "pynvml", "pycuda", "triton", "numba", "amdsmi", "rocm")
 BACKEND_NAMES = ("reference", "rocm", "awq_rt_reference", "awq_rt_cuda", "awq_rt_rocm")
 """Not `cuda`, which is torch's word for a device too: what it is passed to tells whether it names a backend."""
-KNOWS_PLUGINS = (CORE / "doctor" / "diagnosis.py",)  # its hints say which distribution to install
+TORCH_DISTRIBUTED = ("gloo", "nccl")  # what torch.distributed calls its backends
+KNOWS_PLUGINS = (CORE / "doctor" / "checks.py",)  # its hints say which distribution to install
 
 
 def _trees() -> Iterator[tuple[Path, ast.Module]]:
@@ -344,7 +345,7 @@ def test_the_core_never_names_a_backend() -> None:
             if isinstance(node, ast.Constant) and id(node) not in exported:
                 assert node.value not in BACKEND_NAMES, f"{path}:{node.lineno} names {node.value!r}"
             if isinstance(node, ast.keyword) and node.arg == "backend":
-                named = isinstance(node.value, ast.Constant) and node.value.value is not None
+                named = isinstance(node.value, ast.Constant) and node.value.value not in (None, *TORCH_DISTRIBUTED)
                 assert not named, f"{path}:{node.value.lineno} pins a backend"
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
                 asked = ast.unparse(node.func.value) == "registry" and isinstance(node.args[0], ast.Constant)

@@ -11,13 +11,19 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from ..devices import Probe
+from .. import devices
+from ..devices import Device, Probe
 from ..examination import answer
+
+TYPICAL_SHAPE = (4096, 4096, 128)
+"""(K, N, G) that backends are asked about: a projection of a model with 7e9 parameters."""
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main() -> None:
-    """Answers `{"step": ..., "error": ...}` or `{"step": ..., ...facts}` for torch, transformers and plugins."""
-    for step in (_torch, _transformers, _plugins):
+    """Answers `{"step": ..., "error": ...}` or `{"step": ..., ...facts}` for each step."""
+    for step in (_torch, _transformers, _plugins, _selection):
         if not _answered(step):
             return
 
@@ -51,6 +57,7 @@ def _torch() -> dict[str, Any]:
         "path": torch.__file__,
         "threads": torch.get_num_threads(),
         "unreachable": _unreachable(torch),
+        "arches": _arches(torch),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
@@ -66,6 +73,12 @@ def _unreachable(torch: Any) -> str:
     except Exception as error:  # AssertionError, RuntimeError and more: the text is what matters
         return str(error)
     return "it sees none"
+
+
+def _arches(torch: Any) -> list[str]:
+    """What torch was compiled for. The public question answers nothing where there is no GPU."""
+    flags = getattr(torch._C, "_cuda_getArchFlags", lambda: None)()
+    return list(torch.cuda.get_arch_list() or (flags or "").split())
 
 
 def _transformers() -> dict[str, Any]:
@@ -89,7 +102,68 @@ def _plugins() -> dict[str, Any]:
                 "priority": backend.priority if backend else None,
                 "kernels": list(backend.kernels) if backend else [],
                 **asdict(probe),
+                "tools": _tools(backend),
                 "refusal": asdict(plugin.refusal) if plugin.refusal else None,
             }
         )
     return {"plugins": states}
+
+
+def _tools(backend: Any) -> list[dict[str, str]]:
+    try:
+        return [asdict(tool) for tool in getattr(backend, "tools", tuple)()]
+    except Exception as error:  # what it lacks, its probe says
+        return [{"name": "run-time compiler", "version": f"{type(error).__name__}: {error}", "path": ""}]
+
+
+def _selection() -> dict[str, Any]:
+    """Every kernel family, dtype and layout on every device: who would serve it, and why others would not."""
+    from .. import registry
+
+    found: dict[tuple[str, int], Device] = {}
+    reachable = registry.torch_refusal("cuda") is None
+    for device in (
+        *(device for backend in registry.backends() for device in backend.probe().devices),
+        *((*devices.nvidia().devices, *devices.amd().devices) if reachable else ()),
+    ):
+        if registry.torch_refusal(device.type) is None:
+            found.setdefault((device.type, device.index), device)
+    return {"offers": [offer for device in found.values() for offer in _offers(device)]}
+
+
+def _offers(device: Device) -> list[dict[str, Any]]:
+    from .. import registry
+    from ..formats import LAYOUTS
+
+    offers: dict[tuple[str, ...], list[str]] = {}
+    for backend in registry.backends():
+        for kernel in ("auto", *backend.kernels):
+            for dtype in DTYPES:
+                for layout in LAYOUTS.values():
+                    symmetric = not set(layout.SUFFIXES) & {"qzeros", "scaled_zeros", "weight_zero_point"}
+                    said = _asked(backend, device, kernel, dtype, symmetric)
+                    offers.setdefault((backend.name, kernel, dtype, *said), []).append(layout.NAME)
+    where = "cpu" if device.type == "cpu" else f"{device.type}:{device.index}"
+    fields = ("backend", "kernel", "dtype", "status", "code", "reason")
+    return [
+        {"device": where, "layouts": layouts, **dict(zip(fields, key, strict=True))} for key, layouts in offers.items()
+    ]
+
+
+def _asked(backend: Any, device: Device, kernel: str, dtype: str, symmetric: bool) -> tuple[str, str, str]:
+    """(status, code, reason) of one offer."""
+    import torch
+
+    from .. import registry
+    from ..backend import LinearSpec
+    from ..errors import NoBackend
+
+    spec = LinearSpec(*TYPICAL_SHAPE, getattr(torch, dtype), symmetric, kernel=kernel)
+    refusal = registry.refusal_of(backend, spec, device)
+    if refusal is not None:
+        return "rejected", refusal.code, str(refusal)
+    try:
+        chosen = kernel == "auto" and registry.select(spec, device).backend.name == backend.name
+    except NoBackend:  # not that of a moment ago
+        chosen = False
+    return ("selected" if chosen else "available"), "", ""
