@@ -9,7 +9,7 @@ PROMPT ?= What is the capital of France, and what is it known for?
 # The transformers releases that `make test-transformers` runs the model tests on, beside the newest in `make test`.
 TRANSFORMERS ?= 5.16.0 5.17.0
 
-.PHONY: help demo test test-gpu lint test-wheels test-transformers bench bench-kernels kernel-resources rocm-resources \
+.PHONY: help demo test test-gpu lint test-wheels test-transformers test-vllm bench bench-kernels kernel-resources rocm-resources \
   clean
 
 help:  ## this list
@@ -40,17 +40,24 @@ test-transformers: $(VENV)/.development  ## the model tests on the older support
 	  echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
 	    > $$($(VENV)-transformers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth; \
 	  $(VENV)-transformers/bin/python -m pip install --quiet -c constraints.txt transformers==$$version; \
-	  $(VENV)-transformers/bin/python -m pytest -q tests/test_models.py tests/test_fusion.py tests/test_generation.py || exit 1; \
+	  $(VENV)-transformers/bin/python -m pytest -q tests/test_models.py tests/test_registration.py tests/test_fusion.py \
+	    tests/test_generation.py || exit 1; \
 	done
+
+# The checkpoint that `make test-vllm` serves.
+CHECKPOINT ?= ../shared/checkpoints/smollm2-135m-awq-gemm-g64
+
+test-vllm:  ## serve a checkpoint with vLLM's CPU build and the plugin, in an environment of its own, and check every token
+	$(PYTHON) tools/test_vllm.py $(CHECKPOINT) --environment $(VENV)-vllm
 
 bench: $(VENV)/.development  ## the figures of benchmarks/ that need no GPU
 	$(BIN)/python tools/bench_reference.py
 	$(BIN)/python tools/bench_load.py
 
 bench-kernels:  ## the figures of benchmarks/ that need an NVIDIA GPU, with the python3 and the torch of this machine
-	PYTHONPATH=.:backends/reference:backends/cuda $(PYTHON) tools/bench_kernels.py \
-	  --models 7b 8b 70b qwen7b --json benchmarks/kernels-h100.json
-	PYTHONPATH=.:backends/reference:backends/cuda $(PYTHON) tools/plot_kernels.py benchmarks/kernels-h100.json
+	PYTHONPATH=.:backends/reference:backends/cuda $(PYTHON) tools/bench_kernels.py --json benchmarks/kernels-h100.json
+	$(PYTHON) tools/tabulate_kernels.py benchmarks/kernels-h100.json
+	$(PYTHON) tools/plot_kernels.py benchmarks/kernels-h100.json
 
 kernel-resources: $(VENV)/.development  ## registers, shared memory and spills of every CUDA kernel and target
 	$(BIN)/python tools/kernel_resources.py
@@ -59,7 +66,7 @@ rocm-resources: $(VENV)/.development  ## registers, LDS, spills and issue shares
 	$(BIN)/python tools/rocm_resources.py
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(VENV)-transformers demo dist build
+	rm -rf $(VENV) $(VENV)-transformers $(VENV)-vllm demo dist build
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV) || { \

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .memory import collector_paused
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -20,11 +22,15 @@ if TYPE_CHECKING:
     from .generation.streaming import stream as stream
     from .linear import AwqLinear as AwqLinear
     from .models import load as load
+    from .models.registration import register as register
+    from .models.registration import unregister as unregister
     from .quantization import quantize as quantize
     from .weights import AwqWeight as AwqWeight
 
 _HOMES = {
     "load": "models",
+    "register": "models.registration",
+    "unregister": "models.registration",
     "stream": "generation.streaming",
     "open_checkpoint": "checkpoint",
     "Checkpoint": "checkpoint",
@@ -40,7 +46,8 @@ __all__ = ["__version__", *_HOMES]
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        with collector_paused():
+            value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

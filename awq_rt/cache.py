@@ -14,12 +14,18 @@ from typing import Any
 
 def cache_dir() -> Path:
     """The cache folder; it may not exist yet."""
+    folder = chosen_dir()
+    return _folder_of_this_process() if folder is None else _unless_shared(folder)
+
+
+def chosen_dir() -> Path | None:
+    """The folder that the environment names, whoever may write to it."""
     if chosen := os.environ.get("AWQ_RT_CACHE"):
-        return _unless_shared(Path(chosen))
+        return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if base.startswith("~"):  # a user without a home folder, as in a container with an arbitrary user id
-        return _folder_of_this_process()
-    return _unless_shared(Path(base) / "awq_rt")
+        return None
+    return Path(base) / "awq_rt"
 
 
 @functools.cache

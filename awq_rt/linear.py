@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import registry
+from . import registry, selftest
 from .backend import LinearSpec, Packed
 from .errors import InvalidInput
 from .weights import AwqWeight
@@ -86,7 +86,7 @@ class AwqLinear(nn.Module):
         """Pack `weight` for activations of `dtype` on `device` and keep it; returns the choice of backend."""
         target = torch.device(device) if device is not None else self._packed_device
         spec = LinearSpec.of(weight, dtype, kernel)
-        choice = registry.select(spec, registry.device_for(target), backend)
+        choice = selftest.choose(spec, target, backend)
         self.hold(choice.backend.pack(weight, spec, target))
         self.backend_name, self.spec = choice.backend.name, spec
         self.pinned_backend = backend

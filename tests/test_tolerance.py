@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -40,6 +41,36 @@ def fault(wrong: AwqWeight, sample: Case) -> float:
 def largest_group(weight: AwqWeight, column: int) -> int:
     """Where a fault weighs most: under a scale 20 times smaller it is less than what bfloat16 rounds off the others."""
     return int(weight.scales[:, column].argmax())
+
+
+@by_dtype
+@pytest.mark.parametrize("factor", [None, 9.0])
+@pytest.mark.parametrize("kind", ["random", "subnormal scales"])
+def test_the_bound_is_made_of_its_three_sources(dtype: torch.dtype, factor: float | None, kind: str) -> None:
+    """Element by element, as the module's docstring derives it."""
+    k_size, n_size, group_size, groups = 32, 3, 8, 4
+    weight = hurtful_weight(kind, k_size, n_size, group_size, bias=True)
+    x = torch.randn(2, k_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact, limit = reference(x, weight), bound(x, weight) if factor is None else bound(x, weight, factor)
+    u = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+    tiny = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}[dtype]  # half the smallest
+    for m in range(2):
+        for n in range(n_size):
+            w = [float(value) for value in weight.dequantize(torch.float64)[:, n]]
+            v = [float(value) for value in x[m]]
+            rounding = math.sqrt(sum((v[k] * (u * abs(w[k]) + tiny)) ** 2 for k in range(k_size)))
+            one_sum = math.sqrt(k_size) * sum(abs(v[k] * w[k]) for k in range(k_size))
+            partial = 0.0
+            for g in range(groups):
+                inputs = sum(abs(value) for value in v[g * group_size : (g + 1) * group_size])
+                partial += (15 * float(weight.scales[g, n]) * inputs) ** 2
+            apart = (math.sqrt(group_size) + math.sqrt(groups)) * math.sqrt(partial)
+            deviation = rounding + 2.0**-24 * (one_sum + apart)
+            allowed = u * abs(float(exact[m, n])) + tiny + (factor or 6.0) * deviation
+            assert float(limit[m, n]) == pytest.approx(allowed, rel=1e-9)
+            y = exact.clone()
+            y[m, n] += 2 * allowed
+            assert excess(y, x, weight, factor or 6.0) == pytest.approx(2, rel=1e-6)
 
 
 @by_dtype

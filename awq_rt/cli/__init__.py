@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -78,4 +79,7 @@ for command in (generate, inspect, convert, quantize, evaluate, bench, warmup, d
 
 def main() -> None:
     """The console script."""
-    cli(prog_name="awq-rt")
+    try:
+        cli(prog_name="awq-rt")
+    finally:
+        gc.freeze()  # the interpreter walks every object once more when it ends: a second, and all of it goes anyway

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..memory import collector_paused
 from .options import loading_options
 
 
@@ -85,11 +87,12 @@ def generate(
         )
     text = _prompt(words, prompt)
 
-    import torch
+    with collector_paused():
+        import torch
 
-    import awq_rt
+        import awq_rt
 
-    from .streaming import Stream, encode, quiet
+        from .streaming import Stream, encode, quiet
 
     if not sys.stderr.isatty():
         quiet()
@@ -105,6 +108,7 @@ def generate(
         **opening,
     )
     loading_s = time.perf_counter() - started
+    gc.freeze()  # what is here stays: never to be walked while tokens are made
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise click.ClickException(f"{model} has no tokenizer, so there is nothing to read the prompt with")

@@ -32,6 +32,8 @@ class AwqExperts(nn.Module):
         self._gate_rule: Callable[..., Tensor] | None = getattr(type(replaced), "_apply_gate", None)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # which experts are chosen is not known to a graph
+            return self._all_on_device(hidden_states, top_k_index, top_k_weights)
         if self._stacks is not None and len(hidden_states) <= FEW_TOKENS:
             few = top_k_index.numel() <= len(self.gate_up)
             by = self._chosen_on_device if few else self._all_on_device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import torch
 
-from .. import registry
+from .. import parallel, registry, tripwire
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..errors import InvalidConfig, InvalidTensor, MissingTensor, ModelMismatch, UnsupportedDevice
+from ..errors import AwqRtError, InvalidConfig, InvalidTensor, MissingTensor, ModelMismatch, UnsupportedDevice
+from ..memory import collector_paused, trim
 from .activation import ScaledActivation
 from .architecture import architecture
 from .dense import DenseTensor
+from .narrow import widen
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -26,7 +29,11 @@ OURS = ("config", "state_dict", "quantization_config", "output_loading_info", "p
 HUB = {"cache_dir": "HF_HOME", "local_files_only": "HF_HUB_OFFLINE=1"}
 """Arguments that would not reach the download, and the variables that do."""
 
+ARCHITECTURES = ("transformers.models.", "transformers_modules.")
+"""Where the classes of models are: transformers' own, and those that come with a checkpoint."""
 
+
+@collector_paused()
 def load(
     id_or_path: str | Path | Checkpoint,
     *,
@@ -35,6 +42,7 @@ def load(
     backend: str | None = None,
     kernel: str = "auto",
     device_map: str | dict[str, Any] | None = None,
+    tp_plan: str | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -48,10 +56,10 @@ def load(
     `group_size` say nothing), ready to `generate`, with `model.tokenizer`.
 
     `device` defaults to the best one that an installed backend drives; `device_map` places layers on several, as in
-    transformers. `dtype` (of activations and dense weights) defaults to float32 on a CPU, and elsewhere to the
-    checkpoint's own if that is bfloat16, else float16. `backend` and `kernel` pin what is otherwise chosen for each
-    linear. `group_size` is needed only where neither configuration nor tensors state it. `model_kwargs` go to
-    transformers' `from_pretrained`.
+    transformers, and `tp_plan="auto"` cuts each layer over several, with a process for each (`torchrun`). `dtype` (of
+    activations and dense weights) defaults to float32 on a CPU, and elsewhere to the checkpoint's own if that is
+    bfloat16, else float16. `backend` and `kernel` pin what is otherwise chosen for each linear. `group_size` is needed
+    only where neither configuration nor tensors state it. `model_kwargs` go to transformers' `from_pretrained`.
 
     `fuse` decides how `generate` decodes greedily and by sampling: "auto" on a fused decoder with a captured step where
     the architecture allows, as transformers does elsewhere (`model.fusion` says which, and why); True makes what cannot
@@ -64,7 +72,8 @@ def load(
     dtype = _checked(model_kwargs, dtype)
     if backend is not None:
         registry.get(backend)
-    places = _places(device, device_map)
+    group = None if tp_plan is None else parallel.start(tp_plan, device, device_map)
+    places = _places(device, device_map) if group is None else {"": group.device}
     if isinstance(id_or_path, Checkpoint):
         checkpoint, name = id_or_path, str(id_or_path.source)
     else:
@@ -73,23 +82,36 @@ def load(
     if attn_implementation is not None:
         model_kwargs["attn_implementation"] = attn_implementation
     model = _from_checkpoint(
-        checkpoint, places, _dtype(dtype, checkpoint, places), backend, kernel, trust_remote_code, model_kwargs
+        checkpoint, places, _dtype(dtype, checkpoint, places), backend, kernel, trust_remote_code, model_kwargs, group
     )
+    if group is not None:
+        parallel.connect(model, group)
     model.config._name_or_path = model.name_or_path = name
     model.tokenizer = _tokenizer(checkpoint.root, trust_remote_code)
-    _fuse(model, fuse, max_seq_len, checkpoint.quantization.raw)
+    fuse_as_asked(model, fuse, max_seq_len, checkpoint.quantization.raw)
+    if group is not None:
+        parallel.attach(model, group)
+    trim()
     return model
 
 
-def _fuse(model: Any, fuse: bool | str | Mapping[str, Any], max_seq_len: int | None, stored: Mapping[str, Any]) -> None:
+def fuse_as_asked(
+    model: Any, fuse: bool | str | Mapping[str, Any], max_seq_len: int | None, stored: Mapping[str, Any]
+) -> None:
     """Give the model a fused decoder, as asked for or, where nothing was, as its configuration says."""
     from .. import fusion, generation
 
+    if tripwire.wanted():
+        tripwire.attach(model)
+        model.fusion = fusion.Fusion(None, (("model", f"{tripwire.VARIABLE} is set, and watches module by module"),))
+        return
     if fuse == "auto" and isinstance(stored.get("modules_to_fuse"), dict):
         fuse = stored["modules_to_fuse"]
     if max_seq_len is None and isinstance(stored.get("fuse_max_seq_len"), int):
         max_seq_len = stored["fuse_max_seq_len"]
     model.fusion = fusion.fuse(model, fuse)
+    if model.fusion.decoder is None:
+        widen(model)  # nothing has tried that this architecture asks no more of them than to look up and multiply
     torch.cuda.empty_cache()  # what packing needed for a moment; nothing where there is no GPU in use
     if model.fusion.decoder is not None:
         generation.attach(model, model.fusion.decoder, max_seq_len)
@@ -103,18 +125,20 @@ def _from_checkpoint(
     kernel: str,
     trust_remote_code: bool,
     model_kwargs: dict[str, Any],
+    group: parallel.Group | None = None,
 ) -> Any:
     """The model of an open checkpoint. transformers gets the dense tensors; the packed ones never pass through it."""
     from .quantizer import AwqRtConfig
 
     config, model_class = architecture(checkpoint, trust_remote_code)
     dense = {name: DenseTensor(checkpoint, name) for name in checkpoint.dense}
+    how = (checkpoint, dense, backend, kernel)
     try:
         model, report = model_class.from_pretrained(
             None,
             config=config,
             state_dict=dense,
-            quantization_config=AwqRtConfig(checkpoint, dense, backend, kernel),
+            quantization_config=AwqRtConfig(*how) if group is None else parallel.quantization_config(*how, group),
             dtype=dtype,
             device_map=places,
             output_loading_info=True,
@@ -125,6 +149,13 @@ def _from_checkpoint(
         if wanted is not None and wanted in str(error):
             raise InvalidConfig(f"attn_implementation {wanted!r} cannot be used: {error}") from error
         raise
+    except Exception as error:
+        if isinstance(error, (ImportError, AwqRtError)) or not _in_an_architecture(error):
+            raise
+        raise ModelMismatch(
+            f"{checkpoint.root}/config.json describes a {model_class.__name__} that cannot be built: {error}; "
+            "take config.json from where the weights come from"
+        ) from error
     if missing := sorted(report["missing_keys"]):
         raise MissingTensor(f"{checkpoint.root} lacks {', '.join(missing[:5])} of {model_class.__name__}")
     if mismatched := sorted(report["mismatched_keys"]):
@@ -137,6 +168,12 @@ def _from_checkpoint(
     model.config.use_cache = True  # AutoAWQ saves false, which would compute the whole prompt again for every token
     _set_generation_config(model, checkpoint.root)
     return model
+
+
+def _in_an_architecture(error: Exception) -> bool:
+    """Whether it was raised while a class of transformers' models was at work, which makes modules of numbers."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(str(frame.f_globals.get("__name__")).startswith(ARCHITECTURES) for frame, _ in frames)
 
 
 def _checked(model_kwargs: dict[str, Any], dtype: str | torch.dtype | None) -> str | torch.dtype | None:
@@ -188,7 +225,7 @@ def _set_generation_config(model: Any, root: Path) -> None:
     if path.is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(root)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise InvalidConfig(f"{path} cannot be used ({error}); correct or remove it") from error
     model.generation_config.use_cache = True
 

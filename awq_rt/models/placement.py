@@ -45,13 +45,14 @@ class Placement:
     targets: dict[str, str] = field(default_factory=dict)
 
 
-def place(model: Any, checkpoint: Checkpoint) -> Placement:
+def place(model: Any, checkpoint: Checkpoint, *, new_heads: bool = False) -> Placement:
     """The place of every tensor of `checkpoint` in `model`, a transformers model on the meta device.
 
+    `new_heads` allows what is put on top of the base model, such as a classifier, to be absent from the checkpoint.
     Raises `ModelMismatch` when the model has no such module or one of another size, `MissingTensor` for what the model
     needs and the checkpoint lacks: nothing has been allocated by then.
     """
-    rename = _Renaming(model)
+    rename = Renaming(model)
     placement = Placement()
     parts: dict[str, dict[str, dict[int, dict[int, str]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for name in checkpoint.linears:
@@ -90,11 +91,11 @@ def place(model: Any, checkpoint: Checkpoint) -> Placement:
             expected = tuple(rename.targets[target].shape)
             if info.shape != expected:
                 raise ModelMismatch(f"{name} has shape {list(info.shape)}; config.json makes {target} {list(expected)}")
-    _check_complete(model, placement, checkpoint)
+    _check_complete(model, placement, checkpoint, new_heads)
     return placement
 
 
-class _Renaming:
+class Renaming:
     """transformers' own rules for one model, asked a name at a time."""
 
     def __init__(self, model: Any):
@@ -124,8 +125,9 @@ class _Renaming:
         return self._modules.get(path)
 
 
-def _check_complete(model: Any, placement: Placement, checkpoint: Checkpoint) -> None:
+def _check_complete(model: Any, placement: Placement, checkpoint: Checkpoint, new_heads: bool) -> None:
     """Raise `MissingTensor` for parameters that no tensor is for, before they would be made up at random."""
+    base = f"{model.base_model_prefix}."
     found = {*placement.targets.values(), *placement.dense.values()}
     packed = tuple(f"{path}." for path in (*placement.linears, *placement.experts))
     tied: dict[str, str] = model.all_tied_weights_keys
@@ -134,7 +136,10 @@ def _check_complete(model: Any, placement: Placement, checkpoint: Checkpoint) ->
     missing = [
         name
         for name, _ in model.named_parameters()
-        if name not in found | same and not name.startswith(packed) and not any(p.search(name) for p in ignored)
+        if name not in found | same
+        and not name.startswith(packed)
+        and not any(p.search(name) for p in ignored)
+        and not (new_heads and not name.startswith(base))
     ]
     if missing:
         raise MissingTensor(

@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .. import registry
 from ..backend import LinearSpec
 from ..checkpoint import Checkpoint
 from ..conversion import quantization_config, stored_tensors
@@ -29,7 +30,9 @@ from ..warmup import spec_of, warmup
 from ..weights import AwqWeight
 from .activation import ScaledActivation
 from .experts import AwqExperts, empty_linear
+from .narrow import narrow, settle
 from .placement import Experts, Placement, place
+from .reading import weights_of
 
 METHOD = "awq_rt"
 
@@ -38,8 +41,15 @@ METHOD = "awq_rt"
 class AwqRtConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How one load is to be done. Saved with a model it becomes what the checkpoint's layout needs."""
 
-    def __init__(self, checkpoint: Checkpoint, dense: dict[str, Any], backend: str | None, kernel: str):
-        self.quant_method = METHOD
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dense: dict[str, Any],
+        backend: str | None = None,
+        kernel: str = "auto",
+        method: str = METHOD,
+    ):
+        self.quant_method = method
         self.checkpoint: Checkpoint | None = checkpoint
         self.dense = dense  # what transformers will load, by checkpoint name; the quantizer may add to it
         self.backend = backend
@@ -83,7 +93,21 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         checkpoint = self._checkpoint()
-        self.placement = place(model, checkpoint)
+        self._put_in_place(model)
+        self._narrow(model, kwargs.get("device_map"))
+        wanted = self._wanted_dtypes(model)
+        for name, target in self.placement.targets.items():
+            self.quantization_config.dense[name].dtype = wanted.get(target)
+        for name, target in self.placement.dense.items():
+            weight = checkpoint[name]
+            self.quantization_config.dense[f"{name}.weight"] = matrix(weight, wanted[target])
+            if weight.bias is not None:
+                self.quantization_config.dense[f"{name}.bias"] = weight.bias
+
+    def _put_in_place(self, model: Any, *, new_heads: bool = False) -> None:
+        """Find every tensor's place and give `model` the modules for packed ones."""
+        checkpoint = self._checkpoint()
+        self.placement = place(model, checkpoint, new_heads=new_heads)
         for path, name in self.placement.linears.items():
             _replace(model, path, empty_linear(checkpoint.linears[name].shape))
         for path, experts in self.placement.experts.items():
@@ -93,27 +117,37 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
         for path, name in self.placement.activations.items():
             features = checkpoint.dense[name].shape[0]
             _replace(model, path, ScaledActivation(model.get_submodule(path), features))
-        wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+
+    def _narrow(self, model: Any, device_map: dict[str, Any] | str | None) -> None:
+        """Keep embedding and head in 16 bits on a CPU whose backend reads them so. `loading` undoes it where the model
+        is not fused."""
+        if isinstance(device_map, str):
+            return  # a word for a placement on several GPUs, which transformers works out later
+        places = {str(place) for place in ({"": "cpu"} if device_map is None else device_map).values()}
+        if self.dtype != torch.float32 or places != {"cpu"}:
+            return
+        checkpoint, config = self._checkpoint(), self.quantization_config
+        spec = spec_of([next(iter(checkpoint.linears.values()))], self.dtype, config.kernel)
+        choice = registry.select(spec, registry.device_for(torch.device("cpu")), config.backend)
+        if dense_linear := choice.backend.ops.get("dense_linear"):
+            stored = {target: checkpoint.dense[name].dtype for name, target in self.placement.targets.items()}
+            narrow(model, stored, dense_linear)
+
+    def _wanted_dtypes(self, model: Any) -> dict[str, torch.dtype]:
+        """The dtype of every dense tensor of `model` by name: float32 where the architecture insists on it."""
         plan = model._get_dtype_plan(self.dtype)
-        for name, target in self.placement.targets.items():
-            self.quantization_config.dense[name].dtype = _kept_dtype(plan, target) or wanted.get(target)
-        for name, target in self.placement.dense.items():
-            weight = checkpoint[name]
-            dense = weight.dequantize().T.contiguous().to(_kept_dtype(plan, target) or wanted[target])
-            self.quantization_config.dense[f"{name}.weight"] = dense
-            if weight.bias is not None:
-                self.quantization_config.dense[f"{name}.bias"] = weight.bias
+        return {name: _kept_dtype(plan, name) or tensor.dtype for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         checkpoint = self._checkpoint()
         self.quantization_config.dense.clear()  # loaded by now
+        settle(model)
         slow: dict[tuple[str, str], list[str]] = {}
         filled, memory = list(self._linears(model)), Trimmer()
         self._compile_ahead(filled)
-        for linear, names in logging.tqdm(filled, desc="Packing weights"):
+        read = weights_of(checkpoint, filled)
+        for linear, names, weight in logging.tqdm(read, total=len(filled), desc="Packing weights"):
             device = linear.packed_0.device
-            weights = [checkpoint.read(name, device) for name in names]
-            weight = weights[0] if len(weights) == 1 else AwqWeight.concatenate(weights)
             config = self.quantization_config
             choice = linear.bind(weight, self.dtype, device, backend=config.backend, kernel=config.kernel)
             memory.worked_through(sum(tensor.nbytes for tensor in linear.packed.tensors))
@@ -205,6 +239,11 @@ def _kept_dtype(plan: dict[str, torch.dtype], name: str) -> torch.dtype | None:
     """float32 where the architecture asks for it whatever the model's dtype, else None."""
     patterns = ((re.escape(key).replace(r"\*", ".*"), dtype) for key, dtype in plan.items())
     return next((dtype for pattern, dtype in patterns if re.search(pattern, name)), None)
+
+
+def matrix(weight: AwqWeight, dtype: torch.dtype) -> Tensor:
+    """The weight as a plain linear holds it, [N, K]."""
+    return weight.dequantize().T.contiguous().to(dtype)
 
 
 def _expert_linears(module: AwqExperts, experts: Experts) -> Iterator[tuple[AwqLinear, tuple[str, ...]]]:
