@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("awq_rt_cuda", reason="awq-rt-cuda is not installed")
 from awq_rt.packing import Kind, Layout
+from awq_rt.packing.exllama import PREFIX
 from awq_rt.rtc import CompileFailed, Program
 from awq_rt.testing import hurtful_weight
 from awq_rt.testing.conformance import spec_of
@@ -66,7 +67,7 @@ def test_exllama_compiles_without_a_spill(name: str) -> None:
     target = TARGETS[name]
     kinds = [(torch.float16, 128), (torch.bfloat16, 64)] if name == "H100" else [(torch.float16, 128)]
     for dtype, group_size in kinds:
-        layouts = (Layout(exllama.PREFIX, 4096, n, group_size, dtype, dtype, None, "exllama") for n in (4096, 22016))
+        layouts = (Layout(PREFIX, 4096, n, group_size, dtype, dtype, None, "exllama") for n in (4096, 22016))
         found = (exllama.programs(layout, target.multiprocessors, f"sm_{target.arch}") for layout in layouts)
         spills = {str(program): spilled(program) for programs in found for program in set(programs)}
         assert not any(spills.values()), spills

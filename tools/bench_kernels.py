@@ -39,7 +39,7 @@ from awq_rt.rtc import Builder, KernelStore, Program
 from awq_rt.testing import excess
 from awq_rt.testing.conformance import spec_of
 from awq_rt.weights import AwqWeight
-from awq_rt_cuda import backend, driver, exllama, fused, nvrtc, tiled
+from awq_rt_cuda import backend, driver, fused, nvrtc, tiled
 from awq_rt_cuda.driver import Kernel, Shape
 from awq_rt_cuda.nvrtc import Nvrtc
 
@@ -205,7 +205,7 @@ class Part:
         floor_us = round(LAUNCH_US + packed_bytes(weight) / record.read_tbps / 1e6, 3)
         dense = rotated([torch.randn(self.n, self.k, device=device, dtype=dtype)], 2 * self.k * self.n, Tensor.clone)
         ours = Rotated.of(weight, dtype, "auto")
-        shuffled = Rotated.of(weight, dtype, exllama.PREFIX) if self.beside_others else None
+        shuffled = Rotated.of(weight, dtype, "exllama") if self.beside_others else None
         int4 = torch_int4(weight) if self.beside_others else None
         for m in wanted:
             x = torch.randn(m, self.k, device=device, dtype=dtype)

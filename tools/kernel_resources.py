@@ -15,6 +15,7 @@ import torch
 
 from awq_rt.ops import AttentionSpec
 from awq_rt.packing import Kind, Layout
+from awq_rt.packing.exllama import PREFIX
 from awq_rt.rtc import Program
 from awq_rt_cuda import dequantize, exllama, gemm, nvrtc, selection, selection_ring
 from awq_rt_cuda.fused import attention, gated, launch, norm, rope
@@ -81,7 +82,7 @@ def exllama_programs(kind: Kind, target: Target, arch: str) -> list[tuple[str, i
     """The same of the family exllama, whose shared memory is static."""
     dtype = torch.float16 if kind.half else torch.bfloat16
     layouts = [
-        Layout(exllama.PREFIX, k, n, kind.group_size, dtype, dtype, None, "exllama")
+        Layout(PREFIX, k, n, kind.group_size, dtype, dtype, None, "exllama")
         for k, n in SHAPES
         if k % kind.group_size == 0
     ]

@@ -26,10 +26,14 @@ from amdsim import TARGETS, CodeObject, In, Out
 from amdsim import Program as Simulated
 from amdsim.disassembly import disassemble
 from amdsim.toolchain import Clang, compilers
-from awq_rt_rocm import kernel, packing, selection, targets
-from awq_rt_rocm.kernel import Variant
+from awq_rt_rocm import exllama, kernel, packing, selection, targets
+from awq_rt_rocm.kernel import KERNELS, Variant
 
+from awq_rt import kernels
+from awq_rt.kernels import attention, gated, greedy, logits, norm, rope
+from awq_rt.ops import AttentionSpec
 from awq_rt.packing import Kind
+from awq_rt.packing import exllama as strips
 from awq_rt.rtc import Program
 from awq_rt.testing import excess, hurtful_weight
 
@@ -109,6 +113,8 @@ def decoding_variant(kind: Kind, target: str) -> Variant:
 def expected_instructions(entry: str, kind: Kind, target: str) -> tuple[str, ...]:
     """Patterns of what the kernel is written for."""
     loads = "global_load_(dwordx4|b128)"
+    if entry == "exllama":
+        return loads, r"v_(fma_mix_f32|(dual_)?fmac_f32|pk_fma_f32|fma_f32)"
     if entry == "gemm":
         return loads, "v_mfma_f32" if target.startswith("gfx9") else "v_wmma_f32"
     if entry == "gemv":
@@ -123,9 +129,54 @@ def build(clang: Clang, kind: Kind, target: str) -> Iterator[Built]:
         (str(variant), variant.entry, variant.program(kind, target)) for variant in variants(kind, target)
     ]
     programs.append(("dequantize", "dequantize", kernel.dequantize_program(kind, target)))
+    for rows in exllama.ROW_STEPS:
+        programs.append((f"exllama rows {rows}", "exllama", exllama_program(rows, kind, target)))
+    of_weight = kernels.program("exllama_dequantize", target, kind.defines(), KERNELS)
+    programs.append(("exllama dequantize", "dequantize", of_weight))
     for name, entry, program in programs:
         code = CodeObject.parse(clang.compile(program))
         yield Built(f"{name}, {_kind_name(kind)}", target, code, expected_instructions(entry, kind, target))
+
+
+def exllama_program(rows: int, kind: Kind, target: str) -> Program:
+    """The kernel of `rows` rows for a weight of `TILES` tiles."""
+    defines = exllama.choose(rows, TILES * exllama.TILE_DEPTH).defines(kind)
+    return kernels.program("exllama", target, defines, KERNELS)
+
+
+LLAMA_3 = AttentionSpec(32, 8, 128, 128**-0.5, 128)
+OTHER_ATTENTIONS = {
+    "one head a head": AttentionSpec(32, 32, 128, 0.1, 128),
+    "head dim 256, window, softcap": AttentionSpec(16, 8, 256, 0.1, 256, window=4096, softcap=50.0),
+    "normed": AttentionSpec(32, 8, 128, 0.1, 128, norm_eps=1e-6),
+    "interleaved": AttentionSpec(16, 16, 256, 0.1, 64, interleaved=True),
+    "head dim 80": AttentionSpec(32, 32, 80, 0.1, 32),
+    "head dim 64, 71 heads a head": AttentionSpec(71, 1, 64, 0.1, 64),
+}
+
+
+def build_operators(clang: Clang, half: bool, target: str) -> Iterator[Built]:
+    """The fused operators of an 8B model of Llama 3, and attention of other shapes."""
+    lanes, is_half = TARGETS[target].wave_size, int(half)
+    of_attention = attention.defines(LLAMA_3, is_half, False, lanes)
+    programs = [
+        ("norm", "fused_norm", norm.defines(4096, is_half, 0, lanes)),
+        ("add and norm", "fused_norm", norm.defines(4096, is_half, 1, lanes)),
+        ("silu", "fused_gated", gated.defines(14336, is_half, "silu")),
+        ("gelu", "fused_gated", gated.defines(14336, is_half, "gelu")),
+        ("rope", "fused_rope", rope.defines(LLAMA_3, is_half)),
+        ("attention", "fused_attention", of_attention),
+        ("attention sum", "fused_attention_sum", of_attention),
+        *((f"logits rows {n}", "fused_logits", logits.defines(4096, is_half, n)) for n in logits.ROW_STEPS),
+        ("argmax", "fused_argmax", greedy.defines(is_half)),
+    ]
+    for name, spec in OTHER_ATTENTIONS.items():
+        given = attention.defines(spec, is_half, False, lanes)
+        programs.append((f"attention, {name}", "fused_attention", given))
+    for name, entry, defines in programs:
+        code = CodeObject.parse(clang.compile(kernels.program(entry, target, defines, KERNELS)))
+        expected = ("global_load_(dwordx4|b128)",)
+        yield Built(f"fused {name}, {'float16' if half else 'bfloat16'}", target, code, expected)
 
 
 def _kind_name(kind: Kind) -> str:
@@ -178,6 +229,32 @@ def shares(clang: Clang, card: Card, variant: Variant, kind: Kind, rows: int) ->
     )
 
 
+def exllama_shares(clang: Clang, card: Card, rows: int, kind: Kind) -> Shares:
+    """The same of the family exllama."""
+    k, n = TILES * exllama.TILE_DEPTH, 64
+    dtype = torch.float16 if kind.half else torch.bfloat16
+    weight = hurtful_weight("random", k, n, kind.group_size, scale_dtype=dtype)
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = torch.zeros(rows, n, dtype=dtype)
+    tensors = [
+        strips.pack_codes(weight.codes),
+        strips.pack_scales(weight.scales),
+        strips.pack_zeros(weight.zeros),
+    ]
+    variant, wave = exllama.choose(rows, k), TARGETS[card.target].wave_size
+    program = Simulated(CodeObject.parse(clang.compile(exllama_program(rows, kind, card.target))), "exllama")
+    counts = program.launch(
+        [*(In(_bytes(tensor)) for tensor in tensors), 0, In(_bytes(x)), Out(_bytes(y)), rows, n, k],
+        variant.grid(rows, n),
+        variant.waves * wave,
+        dynamic_lds_bytes=variant.shared_bytes,
+    )
+    vector, matrix, lds = _cycles(counts.instructions, wave, card)
+    budget = k * n / card.weights_a_cycle
+    numbers = [round(number, 3) for number in (vector / budget, matrix / budget, lds / budget, excess(y, x, weight))]
+    return Shares(card.name, rows, round(vector * 64 / (k * n), 3), *numbers)
+
+
 def dequantizes_exactly(clang: Clang, kind: Kind, target: str) -> bool:
     """Whether the weight that dequantize.hip writes is, bit for bit, the canonical one rounded once."""
     dtype = torch.float16 if kind.half else torch.bfloat16
@@ -194,6 +271,12 @@ def dequantizes_exactly(clang: Clang, kind: Kind, target: str) -> bool:
         [In(_bytes(codes)), In(_bytes(constants)), Out(_bytes(w)), *sizes], shape.grid, shape.threads
     )
     return torch.equal(w, weight.dequantize().to(dtype).T)
+
+
+def _operators_pass(target: str) -> bool:
+    """Whether the tests that execute the fused operators, and the family exllama, pass on `target`."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/amd/test_rocm_ops.py", "-k", target]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
 def _cycles(instructions: Counter[str], wave: int, card: Card) -> tuple[float, float, float]:
@@ -237,23 +320,17 @@ def main() -> int:
     rows, bad = [], 0
     print("target    VGPRs  SGPRs  LDS bytes  spills  kernel")
     for target in options.target:
-        for kind in kinds:
-            for built in build(clang, kind, target):
-                needs = next(iter(built.code.kernels.values()))
-                spills, missing = needs.spills + needs.scratch_bytes, built.missing
-                bad += bool(spills or missing)
-                lacks = f"  LACKS {', '.join(missing)}" if missing else ""
-                sizes = f"{needs.vgprs:6} {needs.sgprs:6} {needs.lds_bytes:10} {spills:7}"
-                print(f"{target:8} {sizes}  {built.name}{lacks}", flush=True)
-                rows.append(
-                    {
-                        "target": target,
-                        "kernel": built.name,
-                        "vgprs": needs.vgprs,
-                        "lds_bytes": needs.lds_bytes,
-                        "spills": spills,
-                    }
-                )
+        built = [found for kind in kinds for found in build(clang, kind, target)]
+        built += [found for half in (True, False) for found in build_operators(clang, half, target)]
+        for found in built:
+            needs = next(iter(found.code.kernels.values()))
+            spills, missing = needs.spills + needs.scratch_bytes, found.missing
+            bad += bool(spills or missing)
+            lacks = f"  LACKS {', '.join(missing)}" if missing else ""
+            sizes = f"{needs.vgprs:6} {needs.sgprs:6} {needs.lds_bytes:10} {spills:7}"
+            print(f"{target:8} {sizes}  {found.name}{lacks}", flush=True)
+            resources = {"vgprs": needs.vgprs, "lds_bytes": needs.lds_bytes, "spills": spills}
+            rows.append({"target": target, "kernel": found.name} | resources)
     if options.json:
         record(options.json, clang, rows)
     return 1 if bad else 0
@@ -272,13 +349,22 @@ def record(file: Path, clang: Clang, rows: list[dict[str, object]]) -> None:
                 numbers = f"{found.vector_a_weight:13.2f} {found.issue_share:6.0%} {found.matrix_share:7.0%}"
                 numbers += f" {found.lds_share:6.0%} {found.error:6.2f}"
                 print(f"{card.name:13} {found.rows:4} {numbers}  {variant}, {_kind_name(kind)}", flush=True)
+            by_kernel.setdefault((card.target, f"exllama rows 1, {_kind_name(kind)}"), []).append(
+                exllama_shares(clang, card, 1, kind)
+            )
+    passed = {target: _operators_pass(target) for target in {str(row["target"]) for row in rows}}
     for row in rows:
-        if str(row["kernel"]).startswith("dequantize"):
-            kind = Kind(True, 0, 128) if ", float16" in str(row["kernel"]) else Kind(False, 1, 128)
-            row["simulated_ok"], row["issue_share"] = dequantizes_exactly(clang, kind, str(row["target"])), None
-            continue
-        simulated = by_kernel.get((str(row["target"]), str(row["kernel"])), [])
-        row["simulated_ok"] = all(found.error <= 1 for found in simulated) if simulated else None
+        name, target = str(row["kernel"]), str(row["target"])
+        kind = Kind(True, 0, 128) if ", float16" in name else Kind(False, 1, 128)
+        simulated = by_kernel.get((target, name), [])
+        if name.startswith("fused"):
+            row["simulated_ok"] = passed[target]
+        elif name.startswith("dequantize"):
+            row["simulated_ok"] = dequantizes_exactly(clang, kind, target)
+        elif simulated:
+            row["simulated_ok"] = all(found.error <= 1 for found in simulated)
+        else:
+            row["simulated_ok"] = passed[target]
         row["issue_share"] = max((found.issue_share for found in simulated), default=None)
         row["decoding"] = [asdict(found) for found in simulated]
     commit = subprocess.run(

@@ -15,6 +15,7 @@ import torch
 
 from awq_rt.backend import Backend, Packed
 from awq_rt.packing import Layout
+from awq_rt.packing import exllama as strips
 from awq_rt.rtc import Program
 from awq_rt.testing import excess, hurtful_weight
 from awq_rt.testing.cases import WEIGHT_KINDS
@@ -94,9 +95,9 @@ def programs_of(case: Drawn, device_index: int) -> list[Program]:
     """What one case of the sweep compiles."""
     from awq_rt_cuda import exllama, tiled
 
-    family = exllama if case.kernel == "exllama" else tiled
+    family, form = (exllama, strips) if case.kernel == "exllama" else (tiled, tiled)
     sizes = (case.in_features, case.out_features, case.group_size)
-    layout = Layout(family.PREFIX, *sizes, case.dtype, case.scale_dtype, None, case.kernel)
+    layout = Layout(form.PREFIX, *sizes, case.dtype, case.scale_dtype, None, case.kernel)
     plan = family.plan(str(layout), device_index)
     if isinstance(plan, exllama.ExllamaLinear):
         return plan.programs()
@@ -113,10 +114,10 @@ def compile_for(drawn: list[Drawn], device_index: int) -> None:
 
 def error_of(case: Drawn, gpu: torch.device) -> float:
     """The largest error over the bound; the packed weight must give back the canonical one."""
-    from awq_rt_cuda import backend, exllama, tiled
+    from awq_rt_cuda import backend, tiled
 
     weight = case.weight().to(gpu)
-    pack = exllama.pack if case.kernel == "exllama" else tiled.pack
+    pack = strips.pack if case.kernel == "exllama" else tiled.pack
     packed = pack(weight, spec_of(weight, case.dtype, case.kernel))
     assert backend.unpack(packed).equal(weight), case
     x = (rows_of(case.rows, weight) + case.mean).to(gpu, case.dtype)

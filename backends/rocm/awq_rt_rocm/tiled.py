@@ -84,7 +84,7 @@ class TiledLinear:
         self.tiling = Tiling.of(layout)
         self.kind = self.tiling.kind
         self.unit = selection.matrix_unit(self.kind, layout.kernel, self.architecture)
-        # Where a column has one group it has 16 different weights. Rounded, they would all err alike, and the errors of K
+        # Where a column has one group it has 16 different weights. Rounded, they would all err alike, and their errors
         # add up to more than the bound where x has a mean: the kernels multiply the integers instead.
         by_blas = layout.kernel == "auto" and layout.group_size != layout.in_features
         self._dequantize_from = selection.DEQUANTIZE_FROM[self.unit] if by_blas else 1 << 62

@@ -1,9 +1,10 @@
 // residual += the sum of all GPUs' x; y = residual / sqrt(mean(residual^2) + eps) * weight. A block a row.
 //
-// Each GPU writes its row of x into the inboxes of the others, and finds theirs in its own. Half of every 64-bit word is
-// the number of the sum that it belongs to, so that a word tells by itself that it has arrived: no barrier, one trip over
-// the link. An inbox has two halves, used in turn; awq_rt/parallel/inbox.py says why two suffice.
+// Each GPU writes its row of x into the inboxes of the others, and finds theirs in its own. A packet of 4 activations tells
+// by itself that it has arrived: no barrier, one trip over the link. An inbox has two halves, used in turn;
+// awq_rt/parallel/inbox.py says why two suffice.
 #include "fused.cuh"
+#include "peers.cuh"
 
 constexpr int kHidden = HIDDEN;    // of a row, a multiple of 8
 constexpr int kThreads = THREADS;
@@ -12,39 +13,6 @@ constexpr int kMostRows = MOST_ROWS;
 constexpr int kRowVectors = kHidden / 8;
 constexpr int kVectors = (kRowVectors + kThreads - 1) / kThreads;  // of a thread
 constexpr int kWaves = kThreads / kLanes;
-
-struct __align__(16) Packet { u64 words[2]; };  // 4 activations
-
-__device__ __forceinline__ void send(Packet* to, u32 a, u32 b, u32 number) {
-    const u64 mark = (u64)number << 32;
-    asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" :: "l"(to), "l"(a | mark), "l"(b | mark) : "memory");
-}
-
-__device__ __forceinline__ Packet look(const Packet* from) {
-    Packet d;
-    asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
-                 : "=l"(d.words[0]), "=l"(d.words[1]) : "l"(from) : "memory");
-    return d;
-}
-
-__device__ __forceinline__ u64 nanoseconds() {
-    u64 now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    return now;
-}
-
-// The packet of sum `number`, when it is there. A GPU that does not send within `patience` ns ends the kernel.
-__device__ __forceinline__ uint2 received(const Packet* from, u32 number, u64 patience) {
-    Packet p = look(from);
-    if (p.words[0] >> 32 != number || p.words[1] >> 32 != number) {
-        const u64 start = nanoseconds();
-        do {
-            p = look(from);
-            if (nanoseconds() - start > patience) __trap();
-        } while (p.words[0] >> 32 != number || p.words[1] >> 32 != number);
-    }
-    return make_uint2((u32)p.words[0], (u32)p.words[1]);
-}
 
 extern "C" __global__ void __launch_bounds__(kThreads) fused_all_reduce(
     const u16* x,                       // [m, hidden], m <= kMostRows
