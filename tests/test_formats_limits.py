@@ -63,6 +63,15 @@ def test_sizes_follow_from_the_headers(layout: str) -> None:
             understood(headers(layout), None)
 
 
+@pytest.mark.parametrize(("k", "n", "g"), [(256, 32, 64), (32, 256, 32), (64, 512, 32), (128, 1024, 32)])
+def test_sizes_that_coincide_are_no_other_packing(k: int, n: int, g: int) -> None:
+    """As many groups as words a row; as many rows as words a row."""
+    weight = hurtful_weight("random", k, n, g)
+    tensors = stored_tensors(weight, "gemm")
+    stored = {name: TensorInfo(f"layer.{name}", tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    assert understood(stored, g) == ("gemm", LinearShape(k, n, g))
+
+
 @pytest.mark.parametrize("by", [-1, 1])
 @pytest.mark.parametrize(("layout", "name", "dimension"), ONE_TENSOR)
 def test_a_tensor_of_another_size_is_another_weight_or_refused(layout: str, name: str, dimension: int, by: int) -> None:
@@ -72,6 +81,23 @@ def test_a_tensor_of_another_size_is_another_weight_or_refused(layout: str, name
     with pytest.raises(AwqRtError) as caught:
         understood(changed)
     assert isinstance(caught.value, (InvalidTensor, UnsupportedFormat))
+
+
+@pytest.mark.parametrize("layout", ["gemv_fast", "llm-awq"])
+def test_rows_that_are_no_whole_blocks_are_refused(layout: str) -> None:
+    stored = headers(layout)
+    stored["qweight"] = replace(stored["qweight"], shape=(N // 4, 96))
+    with pytest.raises(InvalidTensor, match="in_features 96 is not a multiple of 64"):
+        understood(stored, 32)
+
+
+def test_more_groups_than_there_is_room_for_are_refused() -> None:
+    sizes = {"qweight": (N, 9 * 128 // 8), "qzeros": (N, 1), "scales": (N, 8)}
+    stored = {name: replace(info, shape=sizes[name]) for name, info in headers("gemv").items()}
+    with pytest.raises(InvalidTensor, match="has room for 8 groups"):
+        understood(stored, 128)
+    stored["qweight"] = replace(stored["qweight"], shape=(N, 8 * 128 // 8))
+    assert understood(stored, 128) == ("gemv", LinearShape(8 * 128, N, 128))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -135,7 +161,7 @@ HOLDS = {
     "gemv_fast": lambda k, n, g: k % 64 == 0 and n % 8 == 0 and (g >= 128 or g in (32, 64)),
     "compressed-tensors": lambda k, n, g: True,
 }
-SIZES = [(k, n, g) for k in (32, 64, 96, 128, 256) for n in (4, 8, 12, 16) for g in (16, 32, 64, 127, 128, 256)]
+SIZES = [(k, n, g) for k in (32, 48, 64, 96, 128, 256) for n in (4, 8, 12, 16) for g in (16, 32, 64, 127, 128, 256)]
 
 
 @pytest.mark.parametrize("layout", WRITABLE)
@@ -150,7 +176,7 @@ def test_a_packing_holds_just_what_its_words_hold(layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "shape"), [("gemm", (64, 12, 32)), ("gemv", (48, 8, 48)), ("gemv_fast", (96, 8, 32))]
+    ("layout", "shape"), [("gemm", (64, 12, 32)), ("gemv", (144, 8, 144)), ("gemv_fast", (96, 8, 32))]
 )
 def test_what_cannot_be_held_is_not_written(layout: str, shape: tuple[int, int, int]) -> None:
     with pytest.raises(LayoutCannotHold):

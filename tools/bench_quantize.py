@@ -50,7 +50,7 @@ SHARD_LAYERS = 8
 @click.option("--layers", type=int, help="Fewer blocks than the shape has; said in the row.")
 @click.option("--text", "texts", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--max-windows", type=int, help="Windows of 512 tokens read of each text, at most.")
-@click.option("--method", "methods", multiple=True, default=("awq", "rtn"), show_default=True)
+@click.option("--method", "methods", multiple=True, default=("dense", "awq", "rtn"), show_default=True)
 @click.option("--calibration", help="As for `awq-rt quantize`.")
 @click.option("--group-size", default=128, show_default=True)
 @click.option("--samples", default=128, show_default=True)
@@ -86,9 +86,9 @@ def main(
             name = f"random, {shape} shape" + (f", {layers} layers" if layers else "")
         assert model is not None
         name = name or Path(model).name
-        if texts:
+        if texts and "dense" in methods:
             rows.append({"model": name, "method": "dense", "perplexity": perplexities(model, texts, max_windows)})
-        for method in methods:
+        for method in (method for method in methods if method != "dense"):
             packed = Path(folder, method)
             row = {"model": name, "method": method, **measured(model, packed, method, random=bool(shape), **options)}
             if shape is not None:

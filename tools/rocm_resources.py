@@ -275,7 +275,8 @@ def dequantizes_exactly(clang: Clang, kind: Kind, target: str) -> bool:
 
 def _operators_pass(target: str) -> bool:
     """Whether the tests that execute the fused operators, and the family exllama, pass on `target`."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/amd/test_rocm_ops.py", "-k", target]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/amd/test_rocm_ops.py", "tests/amd/test_rocm_exllama.py"]
+    command += ["-k", target]
     return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 

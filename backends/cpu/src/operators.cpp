@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kPartBytes = 16 << 10;    // packed bytes worth a part of their own: about a microsecond
 constexpr int64_t kPanelBytes = 4 << 20;    // of x in panels at a time
 constexpr int64_t kTileWords = 64;          // 512 weights deep: 64 KB of float32, half of a small second-level cache
-constexpr int64_t kPackedPart = 4 << 20;    // weights that are packed by one thread: some milliseconds
+constexpr int64_t kPackedPart = 1 << 19;    // weights that are packed by one thread: half a millisecond
 constexpr int64_t kSerialElements = 1 << 14;  // below this an elementwise operator is done before a second thread is
 
 // Memory that one thread keeps between calls, for one purpose; it grows to the largest size asked for.

@@ -17,9 +17,11 @@ ARGUMENTS = 5
 ROW_STEPS = (1, 2, 4)
 SHARED_BYTES = 48 * 1024
 """What every GPU gives a block without being asked: x lies there."""
-THREADS, COLUMNS, AHEAD, BLOCKS = 256, 2, 4, 3
+THREADS, COLUMNS, AHEAD = 256, 2, 4
+BLOCKS = {1: 3, 2: 2, 4: 2}
 """The best of 23 on an H100 (2026-11-23): 32000 x 4096 in 86.8 us for a row and 128256 x 4096 in 340, where BLAS takes
-99 and 379, and reading the weight 84 and 337. BLOCKS are those of a multiprocessor."""
+99 and 379, and reading the weight 84 and 337. BLOCKS are those of a multiprocessor, by the
+number of rows: sums take registers."""
 STEP = AHEAD * 256
 """Of the depth: it is rounded up to a multiple in shared memory."""
 
@@ -32,7 +34,7 @@ def defines(depth: int, half: int, rows: int) -> dict[str, str | int]:
         "THREADS": THREADS,
         "COLUMNS": COLUMNS,
         "AHEAD": AHEAD,
-        "MIN_BLOCKS": BLOCKS,
+        "MIN_BLOCKS": BLOCKS[rows],
         "ACTIVATION_HALF": half,
     }
 
@@ -53,8 +55,8 @@ def _kernel(depth: int, half: int, rows: int, device_index: int) -> Kernel:
 
 
 @functools.lru_cache(maxsize=1024)
-def _shape(columns: int, device_index: int) -> Shape:
-    resident = target_of(device_index).multiprocessors * BLOCKS
+def _shape(columns: int, rows: int, device_index: int) -> Shape:
+    resident = target_of(device_index).multiprocessors * BLOCKS[rows]
     return Shape((min(-(-columns // (COLUMNS * THREADS // 32)), resident), 1, 1), THREADS)
 
 
@@ -71,7 +73,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     index = x.get_device()
     launch(
         _kernel(depth, HALF[x.dtype], rows, index),
-        _shape(columns, index),
+        _shape(columns, rows, index),
         index,
         x.data_ptr(),
         weight.data_ptr(),
