@@ -15,9 +15,10 @@ from plugins.folders import write_plugin
 
 from awq_rt import devices, doctor
 from awq_rt.devices import Device, Probe, Refusal
-from awq_rt.doctor import Finding, Report, Request, Status, Verdict, checks, facts, requirements
+from awq_rt.doctor import Finding, Report, Request, Status, Verdict, facts, requirements
 from awq_rt.doctor.facts import CacheState
 from awq_rt.doctor.report import KernelRun, Memory, Model, Package
+from awq_rt.doctor.rules import gpus
 from awq_rt.examination import Outcome
 
 SCHEMA = json.loads((Path(doctor.__file__).parent / "schema.json").read_text())
@@ -354,7 +355,7 @@ def test_a_variable_that_makes_the_gpu_slow(diagnosed: Callable[..., Report], mo
      ("unknown", ["sm_90"], True)],
 )  # fmt: skip
 def test_which_compiled_code_runs_on_which_gpu(arch: str, compiled: list[str], runs: bool) -> None:
-    assert checks.runs_on(arch, compiled) is runs
+    assert gpus.runs_on(arch, compiled) is runs
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,14 @@ def test_rows_that_are_no_whole_blocks_are_refused(layout: str) -> None:
         understood(stored, 32)
 
 
+def test_columns_that_are_no_whole_tiles_of_marlin_are_refused() -> None:
+    stored = headers("marlin")
+    stored["qweight"] = replace(stored["qweight"], shape=(K // 16, 2 * 96))
+    stored["scales"] = replace(stored["scales"], shape=(K // G, 96))
+    with pytest.raises(InvalidTensor, match="out_features 96 is not a multiple of 64"):
+        understood(stored)
+
+
 def test_more_groups_than_there_is_room_for_are_refused() -> None:
     sizes = {"qweight": (N, 9 * 128 // 8), "qzeros": (N, 1), "scales": (N, 8)}
     stored = {name: replace(info, shape=sizes[name]) for name, info in headers("gemv").items()}

@@ -309,7 +309,7 @@ GPU_MODULES = ("cuda", "hip", "cupy", "pynvml", "pycuda", "triton", "numba", "am
 BACKEND_NAMES = ("reference", "rocm", "awq_rt_reference", "awq_rt_cuda", "awq_rt_rocm")
 """Not `cuda`, which is torch's word for a device too: what it is passed to tells whether it names a backend."""
 TORCH_DISTRIBUTED = ("gloo", "nccl")  # what torch.distributed calls its backends
-KNOWS_PLUGINS = (CORE / "doctor" / "checks.py",)  # its hints say which distribution to install
+KNOWS_PLUGINS = (CORE / "doctor" / "rules" / "gpus.py",)  # its hints say which distribution to install
 
 
 def _trees() -> Iterator[tuple[Path, ast.Module]]:

@@ -48,7 +48,7 @@ def largest_group(weight: AwqWeight, column: int) -> int:
 @pytest.mark.parametrize("kind", ["random", "subnormal scales"])
 def test_the_bound_is_made_of_its_three_sources(dtype: torch.dtype, factor: float | None, kind: str) -> None:
     """Element by element, as the module's docstring derives it."""
-    k_size, n_size, group_size, groups = 32, 3, 8, 4
+    k_size, n_size, group_size, groups = 24, 3, 8, 3
     weight = hurtful_weight(kind, k_size, n_size, group_size, bias=True)
     x = torch.randn(2, k_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact, limit = reference(x, weight), bound(x, weight) if factor is None else bound(x, weight, factor)

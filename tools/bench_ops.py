@@ -44,6 +44,7 @@ class Model:
     intermediate: int
     heads: int
     kv_heads: int
+    vocabulary: int
     head_dim: int = 128
 
     @property
@@ -66,7 +67,7 @@ class Model:
         )
 
 
-MODELS = {"7b": Model(4096, 11008, 32, 32), "8b": Model(4096, 14336, 32, 8)}
+MODELS = {"7b": Model(4096, 11008, 32, 32, 32000), "8b": Model(4096, 14336, 32, 8, 128256)}
 
 
 def random(*shape: int) -> Tensor:
@@ -153,6 +154,23 @@ def attention(
             if rows == 1:
                 found[-1]["host_us"] = round(host_us(calls[0]), 1)
                 print(f"  on the host {found[-1]['host_us']} us a call")
+    return found
+
+
+def logits(model: Model, name: str, read_tbps: float) -> list[dict[str, object]]:
+    """The output matrix, beside torch's BLAS, and the largest logit, at the rows that the kernel for few serves."""
+    weight, found = random(model.vocabulary, model.hidden), []
+    for rows in (1, 2, 4):
+        x = random(rows, model.hidden)
+        y = x @ weight.T
+        timed: dict[str, tuple[Callable[[], object], int]] = {
+            "dense_linear": (lambda x=x: OPS["dense_linear"](x, weight, None), weight.nbytes),
+            "dense by BLAS": (lambda x=x: torch.nn.functional.linear(x, weight), weight.nbytes),
+            "argmax": (lambda y=y: OPS["argmax"](y), y.nbytes),
+            "argmax by torch": (lambda y=y: y.argmax(-1), y.nbytes),
+        }
+        for operator, (call, size) in timed.items():
+            found.append(report(name, operator, rows, None, chain_us([call] * 16), size, read_tbps))
     return found
 
 
@@ -262,6 +280,7 @@ def main() -> int:
     for name in options.models:
         model = MODELS[name]
         rows += elementwise(model, name, read_tbps, options.rows)
+        rows += logits(model, name, read_tbps)
         rows += attention(model, name, read_tbps, options.batches, options.contexts)
         layers += [layer_chain(model, name, batch, c, chosen) for batch in options.batches for c in options.contexts]
     if options.json is not None:

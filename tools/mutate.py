@@ -1,6 +1,6 @@
 """How many small faults the tests notice: mutation testing of packings, dispatch and tolerance.
 
-    OMP_NUM_THREADS=1 python tools/mutate.py [--only NAME] [--json benchmarks/mutation.json] [--show]
+    OMP_NUM_THREADS=1 python tools/mutate.py [--only NAME] [--json benchmarks/mutation.json] [--again] [--show]
 
 Each mutant is one change of one file's syntax tree: a comparison, an operator or a number becomes its neighbour, a
 condition is turned round, a returned value becomes None, a statement goes. Messages of errors are left alone. A mutant
@@ -153,8 +153,8 @@ def _is_falsy(node: ast.AST) -> bool:
 class Session:
     """A pytest plugin that, in the place of running the collected tests, runs them once for each mutant."""
 
-    def __init__(self, target: Target, show: bool):
-        self.target, self.show = target, show
+    def __init__(self, target: Target, show: bool, before: dict[str, Any]):
+        self.target, self.show, self.before = target, show, before
         self.by_file: dict[str, dict[str, Any]] = {}
 
     def pytest_runtestloop(self, session: Any) -> bool:
@@ -162,14 +162,19 @@ class Session:
         if _forked(lambda: _run(session, items)):
             raise SystemExit(f"{', '.join(self.target.tests)}: these fail without a mutant")
         for path in self.target.files:
-            total, survivors = 0, []
+            tried, survivors = [], []
+            known = self.before.get(path)
             for mutant in mutants(path):
-                total += 1
+                told = f"line {mutant.line}, {mutant.change}"
+                if known is not None and told not in known["survivors"]:
+                    continue
+                tried.append(told)
                 by = _forked(lambda mutant=mutant: (exchange(mutant), _run(session, items)))
                 if not by:
-                    survivors.append(f"line {mutant.line}, {mutant.change}")
+                    survivors.append(told)
                 if self.show:
                     print(f"{by or 'SURVIVED':9} {path}:{mutant.line} {mutant.change}", flush=True)
+            total = len(tried) if known is None else known["mutants"]
             self.by_file[path] = {"mutants": total, "killed": total - len(survivors), "survivors": survivors}
         return True
 
@@ -239,12 +244,12 @@ def _exchange_code(old: object, new: object) -> bool:
     return True
 
 
-def tested(name: str, show: bool) -> dict[str, Any]:
-    """The figures of one target."""
+def tested(name: str, show: bool, before: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one target; of files that have figures `before`, only the survivors are tried."""
     import pytest
 
     target, started = TARGETS[name], time.monotonic()
-    session = Session(target, show)
+    session = Session(target, show, before)
     pytest.main(["-q", "-s", "-p", "no:cacheprovider", *target.tests], plugins=[session])
     if len(session.by_file) < len(target.files):
         raise SystemExit(f"{name}: {', '.join(target.tests)} could not be run")
@@ -260,6 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=TARGETS, action="append", help="this target; may be given again")
     parser.add_argument("--json", type=Path, help="where the figures go; targets that were not run stay")
+    parser.add_argument("--again", action="store_true", help="only what survived before, when tests were added since")
     parser.add_argument("--show", action="store_true", help="print every mutant")
     chosen = parser.parse_args()
     os.chdir(ROOT)
@@ -269,7 +275,8 @@ def main() -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     found = json.loads(chosen.json.read_text()) if chosen.json and chosen.json.exists() else {"targets": {}}
     for name in chosen.only or TARGETS:
-        found["targets"][name] = tested(name, chosen.show)
+        before = found["targets"].get(name, {}).get("files", {}) if chosen.again else {}
+        found["targets"][name] = tested(name, chosen.show, before)
         found |= {
             "command": "OMP_NUM_THREADS=1 python tools/mutate.py --json benchmarks/mutation.json",
             "date": time.strftime("%Y-%m-%d"),

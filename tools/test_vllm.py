@@ -56,9 +56,14 @@ worst = 0.0
 for prompt, answer in answers:
     with torch.no_grad():
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
-    behind = logits.amax(-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
     allowed = 6 * 2**0.5 * unit * (12 * layers) ** 0.5 * logits.std(-1)
-    worst = max(worst, float((behind / allowed).max()))
+
+    def excess(tokens):
+        behind = logits.amax(-1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        return float((behind / allowed).max())
+
+    assert excess(answer[1:] + answer[:1]) > 1, "the bound would let another answer pass"
+    worst = max(worst, excess(answer))
     same = int((logits.argmax(-1) == torch.tensor(answer)).sum())
     print(f"  {same} of {len(answer)} tokens are transformers' own choice, the rest within {worst:.2f} of the bound")
 sys.exit(worst > 1)

@@ -4,7 +4,9 @@
       engine    worker: imports torch, transformers and the plugins; who serves what
       kernels   worker: runs kernels beside the reference
       model     worker: looks at a checkpoint
-    checks      from facts to findings, in order
+    checks      what is looked at, in order
+      rules     from facts to findings
+    verdict     the sentence that comes first
     diagnosis   the report (report.py; schema.json is its JSON)
     bundle      the report and what goes with it in one file; redaction
 

@@ -13,11 +13,13 @@ from ..devices import Device
 from . import checks, facts
 from .facts import Request
 from .report import Report
+from .rules.gpus import OVERRIDE, SLOW_VARIABLES
+from .verdict import summary
 
 ENVIRONMENT = (
     *devices.VISIBILITY,
-    checks.OVERRIDE,
-    *checks.SLOW_VARIABLES,
+    OVERRIDE,
+    *SLOW_VARIABLES,
     "HF_HOME",
     "HF_HUB_OFFLINE",
     "LD_LIBRARY_PATH",
@@ -39,10 +41,10 @@ def diagnose(
     checked = checks.make(found)
     findings = sorted((f for check in checked for f in check.findings), key=lambda finding: -finding.verdict)
     return Report(
-        summary=checks.summary(found, findings),
+        summary=summary(found, findings),
         checks=checked,
         system=_system(found.host),
-        environment=dict(checks.environment(ENVIRONMENT)),
+        environment=_environment(),
         packages=found.packages,
         torch=found.torch,
         devices=(found.host, *found.gpus),
@@ -63,3 +65,9 @@ def _system(host: Device) -> dict[str, str]:
         "python": f"{platform.python_version()} ({sys.executable})",
         "awq_rt": str(Path(__file__).parents[1]),
     }
+
+
+def _environment() -> dict[str, str]:
+    """Variables that matter: those of `ENVIRONMENT`, and whatever is called AWQ_RT_something."""
+    ours = sorted(name for name in os.environ if name.startswith("AWQ_RT_"))
+    return {name: os.environ[name] for name in dict.fromkeys((*ENVIRONMENT, *ours)) if name in os.environ}

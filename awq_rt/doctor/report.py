@@ -13,6 +13,10 @@ SCHEMA = "awq-rt.doctor/1"
 """Grows by new keys under the same number; a key that changes its meaning or goes away raises it. See schema.json."""
 
 
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+"""Dtypes of activations, as verdicts call them."""
+
+
 class Verdict(enum.IntEnum):
     """How much works; the value is the exit code."""
 

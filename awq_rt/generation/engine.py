@@ -199,7 +199,7 @@ def _collect(session: Session, ids: Tensor, criteria: Any, pad: Tensor | None, s
     out = torch.empty(batch, criteria.max_length, dtype=ids.dtype)
     out[:, :count] = ids
     unfinished = torch.ones(batch, dtype=torch.bool)
-    ahead = min(session.ahead, 1)  # a graph that is launched again waits for itself, and would keep the first token
+    ahead = session.ahead_of_first
     while bool(unfinished.any()):
         while left and session.outstanding <= ahead:
             session.advance()

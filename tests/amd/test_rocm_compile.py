@@ -34,6 +34,17 @@ def test_every_kernel_compiles_without_a_spill_and_with_what_it_is_for(clang: Cl
 
 
 @pytest.mark.parametrize("arch", TARGETS)
+def test_every_fused_operator_compiles_without_a_spill(clang: Clang, arch: str) -> None:
+    """In float16 on half of the targets, in bfloat16 on the others."""
+    for built in rocm_resources.build_operators(clang, list(TARGETS).index(arch) % 2 == 0, arch):
+        needs = next(iter(built.code.kernels.values()))
+        assert (needs.spills, needs.scratch_bytes) == (0, 0), built.name
+        assert needs.vgprs <= VGPRS, built.name
+        assert needs.lds_bytes <= LDS_BYTES, built.name
+        assert built.missing == [], built.name
+
+
+@pytest.mark.parametrize("arch", TARGETS)
 def test_the_kernels_of_decoding_leave_room_for_a_second_wave(clang: Clang, arch: str) -> None:
     for kind in USUAL:
         chosen = rocm_resources.decoding_variant(kind, arch)

@@ -23,7 +23,7 @@ from awq_rt.backend import LinearSpec
 from awq_rt.devices import Device, Probe
 from awq_rt.packing import Kind
 from awq_rt.rtc import CompileFailed, Program
-from awq_rt.testing import hurtful_cases, hurtful_weight
+from awq_rt.testing import excess, hurtful_cases, hurtful_weight
 from awq_rt.testing.conformance import spec_of
 
 CPU = torch.device("cpu")
@@ -327,3 +327,35 @@ def test_importing_the_plugin_loads_no_hip() -> None:
     code = "import awq_rt_rocm, sys; print(sorted(m for m in sys.modules if m.split('.')[0] in ('hip', 'rocm')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("family", ["auto", "gemv"])
+def test_joined_weights_are_the_parts_side_by_side(fresh: Machine, family: str) -> None:
+    here = SimulatedBackend(fresh)
+    weights = [hurtful_weight("random", 256, n, 64) for n in (48, 16)]
+    parts = [here.pack(weight, spec_of(weight, torch.float16, family), CPU) for weight in weights]
+    joined = here.join(parts)
+    assert joined is not None
+    whole, views = joined
+    assert all(here.unpack(view).equal(weight) for view, weight in zip(views, weights, strict=True))
+    storages = {tensor.untyped_storage().data_ptr() for tensor in whole.tensors}
+    assert {tensor.untyped_storage().data_ptr() for view in views for tensor in view.tensors} == storages
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)).half()
+    assert torch.equal(here.linear(x, whole), torch.cat([here.linear(x, part) for part in parts], dim=1))
+
+
+def test_weights_that_end_within_a_strip_are_not_joined(fresh: Machine) -> None:
+    here = SimulatedBackend(fresh)
+    weights = [hurtful_weight("random", 256, n, 64) for n in (40, 16)]
+    assert here.join([here.pack(weight, spec_of(weight, torch.float16), CPU) for weight in weights]) is None
+
+
+@pytest.mark.parametrize("family", ["auto", "exllama"])
+def test_many_rows_of_a_column_with_one_group_are_within_the_bound(fresh: Machine, family: str) -> None:
+    """Its 16 different weights, rounded, would all err alike, and x has a mean."""
+    fresh.index = simulated.ARCHITECTURES.index("gfx1030")
+    here = SimulatedBackend(fresh)
+    weight = hurtful_weight("random", 1024, 16, 1024)
+    packed = here.pack(weight, spec_of(weight, torch.float16, family), CPU)
+    x = (torch.randn(17, 1024, generator=torch.Generator().manual_seed(0)) * 0.1 + 1).half()
+    assert excess(here.linear(x, packed), x, weight) <= 1

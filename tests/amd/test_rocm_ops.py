@@ -5,12 +5,13 @@ Compiled and simulated, not run on hardware. What is allowed is derived in tests
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import exact_ops
 import pytest
 import torch
+from amdsim import TARGETS
 from amdsim.toolchain import Clang
 from exact_ops import Layer, heads_of, layer, placed
 
@@ -19,10 +20,14 @@ pytest.importorskip("ziglang", reason="ziglang is not installed, which builds th
 import fake_hip
 import simulated
 from awq_rt_rocm import backend
+from awq_rt_rocm.launcher import HipLauncher
 from simulated import ARCHITECTURES, Machine
 from torch import Tensor
 
+from awq_rt.kernels.launcher import Defines
+from awq_rt.kernels.operators import Operators
 from awq_rt.ops import AttentionSpec
+from awq_rt.rtc import Program
 
 OPS = backend.ops
 DTYPES = (torch.float16, torch.bfloat16)
@@ -49,14 +54,14 @@ def dtype_of(target: Machine, flip: int = 0) -> torch.dtype:
     return DTYPES[(target.index + flip) % 2]
 
 
-def call(target: Machine, name: str, *arguments: object) -> Tensor:
-    """The operator's result; it must have been served."""
+def call(target: Machine, name: str, *arguments: object, ops: Operators | None = None) -> Tensor:
+    """The result of an operator (of `ops`, by default the backend's own); it must have been served."""
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     for given in arguments:
         fields = ("cos", "sin", "q_norm", "k_norm", "slopes")
         tensors += [t for field in fields if isinstance(t := getattr(given, field, None), Tensor)]
     with fake_hip.watched(target.hip, *tensors):
-        result = OPS[name](*arguments)
+        result = (OPS if ops is None else ops.by_name)[name](*arguments)
     assert isinstance(result, Tensor), name
     return result
 
@@ -154,3 +159,105 @@ def test_a_wrong_layer_is_outside_the_limit(target: Machine) -> None:
     made = layer(spec, positions, max(positions) + 9, torch.float16)
     for defect in (replace(spec, interleaved=False), replace(spec, scale=spec.scale * 1.02), replace(spec, window=149)):
         assert made.excess(attend(target, replace(made, spec=defect))) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Faulty(HipLauncher):
+    """Compiles the kernels with one passage replaced."""
+
+    old: str
+    new: str
+
+    def program(self, name: str, defines: Defines, device_index: int) -> Program:
+        right = HipLauncher.program(self, name, defines, device_index)
+        assert any(self.old in text for _, text in right.sources), f"{self.old!r} does not occur any more"
+        return replace(right, sources=tuple((file, text.replace(self.old, self.new)) for file, text in right.sources))
+
+
+def norm_excess(target: Machine, ops: Operators) -> float:
+    x, residual, weight = (normal(2, 1032, dtype=torch.float16, seed=seed) for seed in (0, 1, 2))
+    summed, weight = residual + x, weight[0].float()
+    y = call(target, "add_rms_norm", x, residual, weight, 1e-5, ops=ops)
+    return exact_ops.rms_norm(summed, weight, 1e-5).excess(y) if torch.equal(residual, summed) else torch.inf
+
+
+def gated_excess(target: Machine, ops: Operators) -> float:
+    gate_up = normal(2, 2 * 264, dtype=torch.float16) * 4
+    return max(
+        exact_ops.gated_activation(gate_up, name).excess(call(target, "gated_activation", gate_up, name, ops=ops))
+        for name in ("silu", "gelu")
+    )
+
+
+def logits_excess(target: Machine, ops: Operators) -> float:
+    x, weight = normal(2, 1288, dtype=torch.float16), normal(75, 1288, dtype=torch.float16)
+    return exact_ops.dense_linear(x, weight).excess(call(target, "dense_linear", x, weight, None, ops=ops))
+
+
+def argmax_excess(target: Machine, ops: Operators) -> float:
+    logits = normal(2, 1000, dtype=torch.float16)
+    logits[0, 7] = logits[0, 993] = 9.0
+    logits[1] = -logits[1].abs() - 1
+    return 0.0 if torch.equal(call(target, "argmax", logits, ops=ops), logits.argmax(dim=-1)) else torch.inf
+
+
+def attention_excess(target: Machine, ops: Operators) -> float:
+    spec, positions = AttentionSpec(2, 1, 64, 0.12, 64, window=140), [150]
+    made = layer(spec, positions, 160, torch.float16)
+    return made.excess(call(target, "decode_attention", *made.arguments, ops=ops))
+
+
+FAULTS: dict[str, tuple[Callable[[Machine, Operators], float], str, str]] = {
+    "a norm without its barrier": (norm_excess, "    __syncthreads();\n    sum = sums[0];", "    sum = sums[0];"),
+    "a norm that keeps its sum": (norm_excess, "store_8(residual + row + column(i), words[i]);", ";"),
+    "a norm of the wrong length": (norm_excess, "sum * (1.0f / kHidden)", "sum * (1.0f / (kHidden + 8))"),
+    "a norm in waves of another size": (norm_excess, "kLanes = kWave", "kLanes = 96 - kWave"),
+    "lanes that exchange with others": (norm_excess, "kXor2 = 0x4E", "kXor2 = 0xB1"),
+    "gate for up": (gated_excess, "load_8(from + kVectors * 8)", "load_8(from)"),
+    "a sigmoid to another base": (gated_excess, "exp2_of(-kLog2E * z)", "exp2_of(-1.4375f * z)"),
+    "one coefficient of erf": (gated_excess, "0.38528362f", "0.38028362f"),
+    "the end of the depth": (logits_excess, "kWhole = kDepth % kTurn == 0", "kWhole = true"),
+    "a column beyond the last": (logits_excess, "r < rows && column + c < n", "r < rows"),
+    "the last of equal logits": (argmax_excess, "value == best && at < index", "value == best && at > index"),
+    "negative logits in reverse": (argmax_excess, "~bits & 0xFFFF : bits", "bits : bits"),
+    "attention without its barrier": (attention_excess, "    __syncthreads();\n    add_up", "    add_up"),
+    "a position too many": (attention_excess, "position < share.end ? score : kUnseen", "score"),
+    "a window too wide": (attention_excess, "query - window + 1", "query - window"),
+    "shares that are not scaled anew": (attention_excess, "sums[g][j] *= shrink;", "sums[g][j] *= 1.0f;"),
+    "parts in another order": (attention_excess, "parts + part) * kPartStride", "parts + part / 2) * kPartStride"),
+    "a rotation the other way": (attention_excess, "- b[j] * angles.sin[j]", "+ b[j] * angles.sin[j]"),
+    "the new key is not stored": (attention_excess, "store_8(k_cache + slot + place.first, k_words[0]);", ";"),
+    "a team that leaves out a lane": (attention_excess, "mask < kTeam; mask *= 2", "mask < kTeam / 2; mask *= 2"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_put_into_the_kernels_are_noticed(machine: Machine, name: str) -> None:
+    excess, old, new = FAULTS[name]
+    machine.index = list(FAULTS).index(name) % len(TARGETS)
+    try:
+        assert not excess(machine, Operators(Faulty(old, new))) <= 1
+    except fake_hip.WrongCall:
+        assert machine.hip.wrong
+
+
+@pytest.mark.parametrize("check", [norm_excess, gated_excess, logits_excess, argmax_excess, attention_excess])
+def test_the_kernels_without_a_fault_pass(machine: Machine, check: Callable[[Machine, Operators], float]) -> None:
+    for machine.index in (0, 4):
+        assert check(machine, Operators(HipLauncher())) <= 1
+
+
+def test_what_a_decoder_needs_is_compiled_before_its_first_step(machine: Machine) -> None:
+    machine.index = 0
+    spec = AttentionSpec(2, 1, 64, 0.12, 64)
+    device = torch.device("cpu")
+    backend.prepare_ops(torch.float16, device, [64], [(64, "silu")], [(spec, False)])
+    names = {
+        program.name
+        for program in Operators(HipLauncher()).programs(torch.float16, 0, [64], [(64, "silu")], [(spec, False)])
+    }
+    assert names == {
+        f"fused_{name}.cu" for name in ("norm", "gated", "rope", "attention", "attention_sum", "logits", "argmax")
+    }
+    unserved = AttentionSpec(2, 1, 32, 0.12, 32)  # heads of 32 features go to torch
+    assert len(Operators(HipLauncher()).programs(torch.float16, 0, [], [], [(unserved, False)])) == 1

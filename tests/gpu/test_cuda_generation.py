@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import build, config_of
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 import awq_rt
 from awq_rt import fusion, registry
@@ -154,6 +155,35 @@ def test_a_least_number_of_new_tokens(tmp_path: Path, monkeypatch: pytest.Monkey
     assert ways["eos_token_id"] not in found[0][:, 12:32].tolist()[0]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], uncaptured(model, monkeypatch, ids, min_new_tokens=20, **ways))
+
+
+class Heard(BaseStreamer):
+    """Notes when it is given tokens."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def put(self, value: Tensor) -> None:
+        self.events.append("tokens")
+
+    def end(self) -> None: ...
+
+
+def test_the_first_token_of_a_short_prompt_waits_for_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = awq_rt.load(saved(tmp_path, "llama"), fuse=True)
+    events: list[str] = []
+    original = session.Session.advance
+
+    def advance(self: session.Session) -> None:
+        events.append("step")
+        original(self)
+
+    monkeypatch.setattr(session.Session, "advance", advance)
+    for count, expected in ((9, ["tokens", "tokens", "step"]), (600, ["tokens", "step", "tokens"])):
+        events.clear()
+        model.generate(prompt(1, count), max_new_tokens=6, do_sample=False, streamer=Heard(events))
+        assert events[:3] == expected
+        assert events.count("step") == 5
 
 
 def test_different_seeds_draw_different_tokens(tmp_path: Path) -> None:

@@ -72,6 +72,9 @@ WGMMA_REGISTERS = {
 BLACKWELL_MORE = 8
 """Registers that the compiler takes beyond these tables from sm_100 on."""
 
+OLDER_MORE = 8
+"""The same before sm_90, of variants for more than `GEMV_ROWS` rows."""
+
 DEQUANTIZE_FROM = 384
 """Rows from which dequantising into a buffer and torch's BLAS win. H100, 2026-11-22, tools/bench_kernels.py."""
 
@@ -132,7 +135,10 @@ def _candidates(rows: int, kind: Kind, target: Target) -> Iterator[Variant]:
     else:
         widths = (2, 1)
         cuts = tuple(itertools.product((1, 2, 3, 4, 6), (8, 4, 2, 1)))
-    for unit in ("mma", "wgmma") if uses_wgmma(rows, target) else ("mma",):
+    units: tuple[str, ...] = ("mma",)
+    if uses_wgmma(rows, target):
+        units = ("wgmma",) if rows > 32 else ("mma", "wgmma")
+    for unit in units:
         shapes = ((8, 2), (4, 4), (4, 2), (8, 1), (4, 1)) if unit == "wgmma" else cuts
         for split, width, (warps_n, warps_k), depth in itertools.product((1, 2, 4, 8), widths, shapes, (3, 4, 2)):
             need = registers(rows, width, depth, kind, target, unit)
@@ -151,9 +157,11 @@ def registers(rows: int, strips: int, depth: int, kind: Kind, target: Target, un
         return None
     # Where a tile has several groups, or their scales are wide, each tile in flight holds more.
     pairs = max(1, TILE_DEPTH // kind.group_size) * (2 if kind.scale_kind == 2 else 1)
-    need = known + -(-(pairs - 1) * strips * (3 * depth + 8) // 8) * 8
+    need = known + -(-(pairs - 1) * strips * (4 * depth + 9) // 8) * 8
     if target.arch >= 100:
         need += BLACKWELL_MORE
+    if target.arch < 90 and rows > GEMV_ROWS:
+        need += OLDER_MORE
     return need if need <= 255 else None
 
 

@@ -57,6 +57,12 @@ COSTS: dict[int, dict[Ring, Cost]] = {
         replace(NARROW, split=2): Cost(0.409, 5.23),
         replace(NARROW, share=2): Cost(0.350, 4.27),
     },
+    384: {
+        THREE: Cost(0.433, 6.42),
+        WIDE: Cost(0.574, 5.72),
+        NARROW: Cost(0.421, 3.26),
+        replace(NARROW, share=2): Cost(0.350, 4.27),
+    },
     512: {
         THREE: Cost(0.443, 6.52),
         NARROW: Cost(0.421, 3.26),
@@ -64,7 +70,7 @@ COSTS: dict[int, dict[Ring, Cost]] = {
         replace(TALL, stages=5, split=2): Cost(0.717, 8.32),
     },
     1024: {THREE: Cost(0.458, 4.54), TALL: Cost(0.641, 5.27)},
-    2048: {TALL: Cost(0.733, 0.75)},
+    2048: {THREE: Cost(0.520, 4.54), TALL: Cost(0.733, 0.75)},
 }
 """By number of rows, each for all below it down to the one before; the last one for all above it too."""
 

@@ -27,8 +27,9 @@ COLUMNS = 32
 TILE_DEPTH = 128
 """Rows of W that a wave multiplies at a time."""
 
-ROW_STEPS = (1, 2, 4, 8)
-"""Rows of x that a block may compute. More than the last are more blocks, which read the weight again."""
+ROW_STEPS = (1, 2, 8)
+"""Rows of x that a block may compute; more than the last are more blocks, which read the weight again. With 4 rows
+waves of 32 would spill where a tile has several groups."""
 
 MOST_WAVES = 8
 """Of a block: with 8 rows their x takes 32 KiB of shared memory."""

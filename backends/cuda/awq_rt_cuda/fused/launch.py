@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import struct
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from awq_rt import kernels
+from awq_rt.kernels import launcher
+from awq_rt.kernels.launcher import HALF, bits
 from awq_rt.rtc import Program
 
 from ..driver import Kernel, Shape, current_stream
@@ -18,17 +19,10 @@ from ..gemm import KERNELS
 from ..nvrtc import target
 from ..tiled import builder, target_of
 
-HALF = {torch.float16: 1, torch.bfloat16: 0}
-
 
 def serves(x: Tensor) -> bool:
     """Whether kernels can read `x`: 16-bit floats on a GPU, contiguous, in whole loads of 16 bytes."""
-    return x.is_cuda and x.dtype in HALF and x.is_contiguous() and x.data_ptr() % 16 == 0
-
-
-def bits(value: float) -> int:
-    """`value` as the float32 that a kernel's argument holds."""
-    return int.from_bytes(struct.pack("<f", value), "little")
+    return x.is_cuda and launcher.serves(x)
 
 
 def program(name: str, arch: str, defines: Mapping[str, str | int]) -> Program:
@@ -65,3 +59,6 @@ def launch(kernel: Kernel, shape: Shape, device_index: int, *arguments: int) -> 
     else:
         with torch.cuda.device(device_index):
             kernel.launch(shape, current_stream(device_index), *arguments)
+
+
+__all__ = ["HALF", "arch_of", "bits", "launch", "load", "ordinary", "program", "serves"]
