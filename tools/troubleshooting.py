@@ -22,7 +22,7 @@ Every error, refusal and finding of awq_rt ends with a code in brackets. Find it
 `awq-rt doctor MODEL` which concern a model on it; `--bundle report.zip --redact` makes the file to send with a report.
 MODEL, DESTINATION and PLUGIN in the commands stand for your own.
 
-Nonsense or NaN in the place of text: `AWQ_RT_CHECK=1 awq-rt generate MODEL ...` watches every module and names the first
+NaN or nonsense in the place of text: `AWQ_RT_CHECK=1 awq-rt generate MODEL` watches every module and names the first
 whose output is not finite; the model is then not fused, and each module waits for the device. It also tries a linear of
 each shape beside the reference on a CPU, which on a GPU happens anyway: a kernel that is wrong there gives way to the
 next backend, with a warning ([AWQ-BACKEND-020](#awq-backend-020)). What passed is remembered per device, driver, plugin

@@ -99,8 +99,8 @@ class Session:
 
     @property
     def ahead_of_first(self) -> int:
-        """The same for the first tokens. With a step's graph launched behind that of a prompt of 32 to 512 tokens, the
-        host had the first token 1.2 ms later than without (H100, driver 580, 2026-11-23)."""
+        """The same for the first tokens. With a step's graph launched behind the prompt's, the host had the first token
+        of a prompt of 32 tokens 0.5 ms later (H100, driver 580, 2026-11-23; benchmarks/decode-h100.json)."""
         return 0 if self._prompt_in_graph else min(self.ahead, 1)
 
     def _read(self, prompts: Tensor, last: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ FAULTS: dict[str, Fault] = {
     "a row's end is not minded": ("if (row < rows && depth < k)", "if (row < rows)"),
     "every group is the first": ("* 8 / kGroupSize, groups - 1) * 2", "* 0 / kGroupSize, groups - 1) * 2"),
     "the last exchange between lanes is left out": ("mask < kLanes; mask *= 2", "mask < kLanes / 2; mask *= 2"),
-    "a wave takes the tiles of the other": ("index = wave; index < tiles", "index = 0; index < tiles"),
+    "a wave takes the x of the other": ("fetch_x(wave);", "fetch_x(0);"),
     "the bias is forgotten": ("if (bias != nullptr)", "if (false)"),
 }
 

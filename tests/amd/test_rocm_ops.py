@@ -170,6 +170,8 @@ class Faulty(HipLauncher):
 
     def program(self, name: str, defines: Defines, device_index: int) -> Program:
         right = HipLauncher.program(self, name, defines, device_index)
+        if name == "fused_attention_sum":  # what is replaced is in the kernel that it follows
+            return right
         assert any(self.old in text for _, text in right.sources), f"{self.old!r} does not occur any more"
         return replace(right, sources=tuple((file, text.replace(self.old, self.new)) for file, text in right.sources))
 
