@@ -134,6 +134,10 @@ class AwqLinear(nn.Module):
                 "chosen when the model was loaded (dtype=)"
             )
         packed = self.packed
+        if x.device != packed.tensors[0].device:  # a kernel would read at an address of another memory
+            raise InvalidInput(
+                f"{self!r}: the input is on {x.device}, the weight on {packed.tensors[0].device}; move one of them"
+            )
         if type(x) is Tensor and not (torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())):
             # Straight to the backend: the op's dispatch alone takes 30 us a call, longer than a small linear does.
             return registry.get(self.backend_name).linear(x, packed)

@@ -123,7 +123,7 @@ def worst_excess(
 
     Infinite where anything in a result is not finite. The reference is computed on `reference_device`.
     """
-    columns, place = sampled(weight.out_features), weight.codes.device
+    columns, place = sampled(weight.out_features), packed.tensors[0].device
     inputs, outputs = [], []
     for count in rows:
         x = torch.randn(count, weight.in_features, generator=torch.Generator().manual_seed(count)).to(dtype)

@@ -204,6 +204,11 @@ def test_an_input_of_another_dtype_is_refused_with_both_dtypes(linear: AwqLinear
         linear(_x(2, dtype=torch.float16))
 
 
+def test_an_input_on_another_device_is_refused_with_both_devices(linear: AwqLinear) -> None:
+    with pytest.raises(InvalidInput, match="the input is on meta, the weight on cpu"):
+        linear(_x(2).to("meta"))
+
+
 def test_a_layer_without_a_weight_says_so() -> None:
     with pytest.raises(InvalidInput, match="holds no weight yet"):
         AwqLinear(IN, OUT, GROUP)(_x(1))

@@ -218,3 +218,18 @@ def test_what_is_tried_is_as_the_spec_says(symmetric: bool) -> None:
     assert LinearSpec.of(weight, torch.bfloat16) == spec
     assert weight.zeros.unique().tolist() == ([8] if symmetric else list(range(16)))
     assert weight.codes.unique().tolist() == list(range(16))
+
+
+def test_activations_go_where_the_packed_weight_is() -> None:
+    """A weight made on the host is packed on a GPU: kernels that were given the host's activations read anywhere."""
+    seen = []
+
+    class Recorder(Fast):
+        def linear(self, x: Tensor, packed: Packed) -> Tensor:
+            seen.append(x.device.type)
+            raise RuntimeError("enough")
+
+    packed = Packed("", (torch.empty(8, device="meta"),))
+    with pytest.raises(RuntimeError, match="enough"):
+        selftest.worst_excess(Recorder(), packed, hurtful_weight("random", 64, 16, 32), torch.float32, (1,), CPU)
+    assert seen == ["meta"]
