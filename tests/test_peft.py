@@ -17,6 +17,9 @@ from awq_rt.linear import AwqLinear
 
 peft = pytest.importorskip("peft")
 
+# PEFT asks models of the newest transformers under the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 TOKENS = torch.arange(3, 35).view(2, 16)
 
 
