@@ -98,6 +98,23 @@ def test_the_result_loads_and_is_closer_than_plain_rounding(family: str, tmp_pat
         assert 0 < linear.loss_after < 0.2
 
 
+def test_a_model_in_memory_gives_what_its_folder_gives(dense: Path, quantized: Path, tmp_path: Path) -> None:
+    quantize(awq_dense(dense), tmp_path / "out", tokenizer=word_tokenizer(), **SETTINGS)
+    found, expected = tensors_of(tmp_path / "out"), tensors_of(quantized)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_no_model_is_refused(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidSetting, match="model is a Linear; a folder"):
+        quantize(torch.nn.Linear(8, 8), tmp_path / "out", **SETTINGS)
+    with pytest.raises(InvalidSetting, match="is read from beside it"):
+        quantize(dense, tmp_path / "out", tokenizer=word_tokenizer(), **SETTINGS)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("layout", ["gemv", "gemv_fast", "compressed-tensors"])
 def test_every_layout_holds_the_same_weights(layout: str, dense: Path, quantized: Path, tmp_path: Path) -> None:
     quantize(dense, tmp_path / "out", **{**SETTINGS, "layout": layout})

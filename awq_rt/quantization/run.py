@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from .. import __version__
 from ..checkpoint import write_checkpoint
 from ..checkpoint.writer import MAX_SHARD_BYTES
 from ..conversion import describe
-from ..errors import CannotPack, DestinationExists, TokenizerMismatch, UnsupportedDevice
+from ..errors import CannotPack, DestinationExists, InvalidSetting, TokenizerMismatch, UnsupportedDevice
 from ..memory import Trimmer
 from .block import packable, round_block, search_block
 from .calibration import Calibration, Source, calibration_samples, check_vocabulary
@@ -31,10 +32,11 @@ Progress = Callable[[str, int, int], None]
 
 
 def quantize(
-    id_or_path: str | Path,
+    model: str | Path | nn.Module,
     out: str | Path,
     *,
     calibration: Source = None,
+    tokenizer: Any = None,
     device: str | torch.device | None = None,
     force: bool = False,
     restart: bool = False,
@@ -45,13 +47,15 @@ def quantize(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     **settings: Any,
 ) -> Report:
-    """Write the dense model `id_or_path` (a folder or hub id) to the folder `out` in 4 bits.
+    """Write the dense `model` (a folder, a hub id, or a transformers model) to the folder `out` in 4 bits.
 
     `settings` are the fields of `Settings`: method "awq" or "rtn", group_size, zero_point, layout, samples, length,
     seed, ... `calibration` is None for the bundled text, a text or `.jsonl` file, a Hugging Face data set's name, or a
     list of strings or token ids. `device` defaults to a GPU where there is one. Memory holds one block and the
     calibration's hidden states. Finished blocks are kept beside `out`: the same call takes an interrupted run up again,
     `restart` begins anew. `progress` is called with (what is done, blocks done, blocks in all).
+
+    A transformers model in memory is written beside `out` first, with `tokenizer`, and always begun anew.
 
     Raises a `CheckpointError` for a bad source, a `QuantizeError` for what cannot be quantised, a `WriteError` for a
     bad destination (which is then as it was); NotImplementedError for architectures whose blocks cannot be run one by
@@ -61,7 +65,15 @@ def quantize(
     destination = Path(out)
     if destination.exists() and not force:
         raise DestinationExists(f"{destination} exists; choose another name, or force")
-    source = DenseSource(id_or_path, revision=revision, token=token)
+    if isinstance(model, nn.Module):
+        with _written(model, tokenizer, destination) as folder:
+            return quantize(
+                folder, out, calibration=calibration, device=device, force=force, restart=True,
+                trust_remote_code=trust_remote_code, progress=progress, max_shard_bytes=max_shard_bytes, **settings,
+            )  # fmt: skip
+    if tokenizer is not None:
+        raise InvalidSetting(f"tokenizer goes with a model in memory; that of {model} is read from beside it")
+    source = DenseSource(model, revision=revision, token=token)
     run = _Run(source, chosen, _device(device), progress or (lambda *_: None), trust_remote_code)
     text = run.calibration(calibration) if chosen.method == "awq" else None
     store = Store(destination, run.identity(text), restart=restart)
@@ -85,6 +97,22 @@ def quantize(
     write_report(report, destination)
     store.remove()
     return report
+
+
+@contextmanager
+def _written(model: nn.Module, tokenizer: Any, destination: Path) -> Iterator[Path]:
+    """A transformers model in a folder beside `destination`, for as long as it is needed."""
+    if not hasattr(model, "save_pretrained"):
+        raise InvalidSetting(
+            f"model is a {type(model).__name__}; a folder, a hub id or a transformers model is expected"
+        )
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.dense-") as folder:
+        parts: tuple[Any, ...] = (model, tokenizer)
+        for part in parts:
+            if part is not None:
+                part.save_pretrained(folder)
+        yield Path(folder)
 
 
 class _Run:
