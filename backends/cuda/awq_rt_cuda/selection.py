@@ -72,7 +72,7 @@ WGMMA_REGISTERS = {
 BLACKWELL_MORE = 8
 """Registers that the compiler takes beyond these tables from sm_100 on."""
 
-OLDER_MORE = 8
+OLDER_MORE = 16
 """The same before sm_90, of variants for more than `GEMV_ROWS` rows."""
 
 DEQUANTIZE_FROM = 384
