@@ -19,8 +19,11 @@ demo: $(VENV)/.runtime $(MODEL)  ## quantise a small real model and let it answe
 	$(BIN)/awq-rt doctor || true
 	$(BIN)/awq-rt generate $(MODEL) "$(PROMPT)" --max-new-tokens 120
 
+# Processes that run tests side by side, a file at a time; each works in one thread.
+WORKERS ?= 2
+
 test: $(VENV)/.development lint  ## lint, types, every test that needs no GPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-gpu:  ## the tests that need a GPU, with the python3 and the torch of this machine
 	PYTHONPATH=.:backends/reference:backends/cuda $(PYTHON) -m pytest tests/gpu

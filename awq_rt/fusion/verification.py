@@ -85,6 +85,10 @@ def _by_transformers(model: Any, kinds: list[int], tokens: Tensor) -> tuple[Tens
         hook = first.register_forward_pre_hook(keep, with_kwargs=True)
         try:
             logits: Tensor = model(tokens, use_cache=False).logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a configuration that nobody wrote makes of a model
+            raise CannotFuse(type(model).__name__, f"transformers' own forward pass fails: {error}") from error
         finally:
             hook.remove()
     return logits[0].float(), entered[0]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from amdsim import TARGETS
 from amdsim.toolchain import Clang
-from awq_rt_rocm import RocmBackend, driver, targets
+from awq_rt_rocm import RocmBackend, driver, exllama, targets, tiled
 from awq_rt_rocm import device as gpu
 from awq_rt_rocm.launcher import HipLauncher
 from torch import Tensor
@@ -73,6 +73,8 @@ def machine(clang: Clang, folder: Path) -> Iterator[Machine]:
         assert found is not None
         return found
 
+    for cached in (tiled.load, tiled.load_dequantize, tiled.plan, exllama.load, exllama.plan):
+        cached.cache_clear()  # handles of a machine before this one
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROCM_PATH", str(folder))
         patch.setattr(driver, "entered", lambda index: contextlib.nullcontext())
