@@ -82,4 +82,4 @@ def main() -> None:
     try:
         cli(prog_name="awq-rt")
     finally:
-        gc.freeze()  # the interpreter walks every object once more when it ends: a second, and all of it goes anyway
+        gc.unfreeze()  # libraries say at the end which of their objects were never freed
