@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ALL_FAMILIES, build, config_of, packable
+from tiny import ALL_FAMILIES, TOKENS, assert_agree, build, config_of, logits, packable
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -30,26 +30,12 @@ from awq_rt.linear import AwqLinear
 from awq_rt.models.activation import ScaledActivation
 from awq_rt.models.experts import AwqExperts
 
-TOKENS = torch.arange(3, 35).view(2, 16)
-
 
 @pytest.fixture(scope="module", params=ALL_FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """(a 4-bit checkpoint of the family, the dense model it must agree with)."""
     folder = tmp_path_factory.mktemp(request.param)
     return folder, build(folder, config_of(request.param))
-
-
-def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(tokens).logits
-    return found
-
-
-def assert_agree(model: Any, dense: Any) -> None:
-    """Equal up to the order of float32 additions, a few units of 2^-24 of the largest logit a layer."""
-    expected = logits(dense)
-    assert (logits(model) - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
 def test_the_model_computes_what_the_dense_one_does(family: tuple[Path, Any]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import GROUP_SIZE, build, config_of, packable
+from tiny import GROUP_SIZE, TOKENS, assert_agree, build, config_of, logits, packable
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AwqConfig, CompileConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -24,7 +24,6 @@ from awq_rt.errors import CannotFuseModel, InvalidConfig, InvalidInput, MissingT
 from awq_rt.linear import AwqLinear
 from awq_rt.models.experts import AwqExperts
 
-TOKENS = torch.arange(3, 35).view(2, 16)
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 FAMILIES = ("llama", "qwen2", "gemma2", "phi3", "bloom", "gpt_neox", "mixtral", "qwen3_moe", "deepseek_v2", "llava")
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -59,18 +58,6 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def edit_quantization(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     edit_config(folder, quantization_config=config["quantization_config"] | changes)
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(TOKENS).logits
-    return found
-
-
-def assert_agree(model: Any, dense: Any) -> None:
-    """Equal up to the order of float32 additions, a few units of 2^-24 of the largest logit a layer."""
-    expected = logits(dense)
-    assert (logits(model) - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
 # --- what it is for --------------------------------------------------------------------------------------------------

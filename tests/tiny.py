@@ -157,3 +157,18 @@ def build(
     written["architectures"] = [type(model).__name__]
     (folder / "config.json").write_text(json.dumps(written))
     return type(model).from_pretrained(None, config=config, state_dict={**dense, **(extra or {})}).eval()
+
+
+TOKENS = torch.arange(3, 35).view(2, 16)
+
+
+def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(tokens).logits
+    return found
+
+
+def assert_agree(model: Any, dense: Any) -> None:
+    """Equal up to the order of float32 additions, a few units of 2^-24 of the largest logit a layer."""
+    expected = logits(dense)
+    assert (logits(model) - expected).abs().max() < 2e-5 * expected.abs().max()
