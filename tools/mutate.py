@@ -272,12 +272,15 @@ def main() -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
 
+    from awq_rt import devices
+
     torch.set_num_threads(1)  # threads do not survive a fork
     found = json.loads(chosen.json.read_text()) if chosen.json and chosen.json.exists() else {"targets": {}}
     for name in chosen.only or TARGETS:
         before = found["targets"].get(name, {}).get("files", {}) if chosen.again else {}
         found["targets"][name] = tested(name, chosen.show, before)
         found |= {
+            "device": str(devices.cpu().devices[0]),
             "command": "OMP_NUM_THREADS=1 python tools/mutate.py --json benchmarks/mutation.json",
             "date": time.strftime("%Y-%m-%d"),
             "commit": subprocess.check_output(["git", "describe", "--always", "--dirty"], text=True).strip(),

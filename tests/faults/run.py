@@ -19,6 +19,8 @@ import torch
 from test_faults import growth_of_cycles
 from tiny import build, config_of
 
+from awq_rt import devices
+
 KILLS, CYCLES = 200, 100
 
 
@@ -30,6 +32,7 @@ def main(destination: str) -> None:
         build(Path(scratch) / "model", config_of("llama"))
         growth = growth_of_cycles(Path(scratch) / "model", CYCLES)
     found = {
+        "device": str(devices.cpu().devices[0]),
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip(),
         "command": "python tests/faults/run.py benchmarks/faults.json",

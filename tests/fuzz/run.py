@@ -26,6 +26,8 @@ with atheris.instrument_imports(include=["awq_rt"]):
     import torch
     import trial
 
+    from awq_rt import devices
+
 HEADROOM = 1 << 30
 
 
@@ -69,6 +71,7 @@ def _limit_memory() -> None:
 def _report(path: Path | None, seconds: int, outcomes: Counter[str], defects: Counter[str]) -> None:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     figures = {
+        "device": str(devices.cpu().devices[0]),
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip(),
         "command": f"python tests/fuzz/run.py --seconds {seconds}",
