@@ -114,6 +114,16 @@ class PreparesOps(Protocol):
         """For norms of sizes `hidden`, (intermediate size, activation) and (attention, whether it has slopes)."""
 
 
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None] | None, Tensor]]
+
+
+class Captures(Protocol):
+    """What a backend may bring beside (since 1.1) where devices have no graphs: work repeated without its Python."""
+
+    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None] | None, Tensor]:
+        """Run `function`; what does its work again on the same tensors, None where that cannot be, and its result."""
+
+
 class Equipped(Protocol):
     """What a backend may bring beside (since 1.1): what it compiles with at run time, for `awq-rt doctor`."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .backend import Backend
+from .backend import Backend, Capture
 
 if TYPE_CHECKING:
     from .parallel.group import Group
@@ -173,10 +173,14 @@ DEFINITIONS: dict[str, Callable[..., Tensor]] = {
 
 
 class Ops:
-    """The operators that serve one backend: its own, and for what those do not serve, the definitions."""
+    """The operators that serve one backend: its own, and for what those do not serve, the definitions.
+
+    `capture` is the backend's, where it has one.
+    """
 
     def __init__(self, backend: Backend):
         self.own = frozenset(backend.ops)
+        self.capture: Capture | None = getattr(backend, "capture", None)
         for name, definition in DEFINITIONS.items():
             setattr(self, name, _first_that_serves(backend.ops.get(name), definition))
 

@@ -100,11 +100,11 @@ def never_ending(model: Any) -> None:
 def gpu_step_s(model: Any, case: Case) -> float | None:
     """The GPU's own time of a step: those of the generation before again, none of which waits for the host.
 
-    None where steps are not captured.
+    None where steps are not captured by the device.
     """
     engine = getattr(model, "awq_rt_engine", None)
     session = None if engine is None else engine.session
-    if session is None or not session.graphs.capturing:
+    if session is None or not (session.graphs.on_device and session.graphs.capturing):
         return None
     session.positions[: case.batch] = case.prefill
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

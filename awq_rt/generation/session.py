@@ -26,8 +26,8 @@ WIDTH_STEP = 16
 class Session:
     """`batch` rows of up to `length` positions on one decoder.
 
-    A step writes each row's next token to `tokens` and moves `positions` on; on a GPU it is captured once for each way
-    of sampling and replayed.
+    A step writes each row's next token to `tokens` and moves `positions` on; where it can be, it is captured once for
+    each way of sampling and replayed.
     """
 
     def __init__(self, decoder: Decoder, batch: int, length: int):
@@ -39,7 +39,7 @@ class Session:
         self.made = torch.zeros((), dtype=torch.int64, device=decoder.device)  # new tokens a row, where it is asked for
         self.had: Tensor | None = None
         self.sampler = Sampler([], draw=False)
-        self.graphs = Graphs(decoder.device)
+        self.graphs = Graphs(decoder.device, decoder.ops.capture)
         self._prompts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._prompt_in_graph = False
         self._seen = 0
@@ -109,7 +109,7 @@ class Session:
         cache = self.cache.rows(slice(rows))
         width = -(-count // WIDTH_STEP) * WIDTH_STEP
         fits = rows * width <= SHORT_PROMPT and not self.decoder.has_mixtures
-        self._prompt_in_graph = self.graphs.capturing and fits
+        self._prompt_in_graph = self.graphs.on_device and self.graphs.capturing and fits
         if not self._prompt_in_graph:
             return self.decoder.prefill(prompts, last, cache)
         if (rows, width) not in self._prompts:

@@ -8,6 +8,7 @@ all of them again, in order, into the same memory.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from awq_rt_rocm import driver
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from awq_rt.generation.device_graphs import DeviceGraphs
 from awq_rt.generation.graphs import Graphs
 
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
@@ -38,6 +40,25 @@ class _Stream:
     def __init__(self, device: Any = None) -> None: ...
 
     def wait_stream(self, other: _Stream) -> None: ...
+
+
+class _Event:
+    """Stands for `torch.cuda.Event`: nothing runs behind the host here, so its clock is the device's."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._recorded_s: float | None = None
+
+    def record(self) -> None:
+        self._recorded_s = time.perf_counter()
+
+    def synchronize(self) -> None:
+        assert self._recorded_s is not None, "an event is waited for that was never recorded"
+
+    def elapsed_time(self, end: _Event) -> float:
+        """Milliseconds until `end`."""
+        assert self._recorded_s is not None
+        assert end._recorded_s is not None
+        return (end._recorded_s - self._recorded_s) * 1e3
 
 
 class _Recorder(TorchDispatchMode):
@@ -82,12 +103,14 @@ def capturing(patch: pytest.MonkeyPatch, device: fake_hip.Device) -> Iterator[No
 
     begin = Graphs.__init__
 
-    def with_graphs(self: Graphs, where: torch.device) -> None:
-        begin(self, where)
-        self.capturing = True
+    def with_graphs(self: Graphs, where: torch.device, capture: None) -> None:
+        begin(self, where, DeviceGraphs(where))
+        self.on_device = True
 
     patch.setattr(torch.cuda, "CUDAGraph", Graph)
     patch.setattr(torch.cuda, "graph", graph)
+    patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    patch.setattr(torch.cuda, "Event", _Event)
     patch.setattr(torch.cuda, "Stream", _Stream)
     patch.setattr(torch.cuda, "current_stream", _Stream)
     patch.setattr(Graphs, "__init__", with_graphs)

@@ -147,3 +147,16 @@ def test_what_is_not_served_goes_to_the_definitions() -> None:
     odd = layer(AttentionSpec(2, 1, 24, 0.2, 24), [3], 8, torch.float32)  # no head of whole strips
     assert fused.decode_attention(*odd.arguments) is NotImplemented
     assert odd.excess(chosen.decode_attention(*odd.arguments)) <= 1
+
+
+@by_dtype
+@pytest.mark.parametrize("width", [4, 16, 49, 1000])
+def test_the_largest_logit_is_the_first_of_equal_ones_and_nan_is_larger(dtype: torch.dtype, width: int) -> None:
+    logits = normal(4, width, dtype=dtype).clamp(-2, 2)
+    logits[0, [1, width - 1]] = 5
+    logits[1] = -torch.inf
+    logits[2, 0], logits[2, width - 2 :] = torch.inf, torch.nan
+    logits[3, [2, 3]] = 3
+    assert fused.argmax(logits).tolist() == ops.argmax(logits).tolist() == [1, 0, width - 2, 2]
+    assert fused.argmax(logits.double()) is NotImplemented
+    assert fused.argmax(logits.t()) is NotImplemented

@@ -3,6 +3,7 @@
 pack     AwqWeight -> strips of 16 columns (strips.py)
 linear   few rows: codes are multiplied as they are decoded; many: a tile is dequantised once (src/linear.inc)
 ops      the operators between the linears of a decoder (fused.py)
+capture  a step's work, repeated by one call (capture.py)
 
 `AWQ_RT_CPU_ISA=avx512|avx2|neon|plain` forces an instruction set. `AWQ_RT_CPU_INT8=1` rounds activations to 8 bits a
 group, which is faster and leaves the bound of the exact kernels; it is never the default.
@@ -24,7 +25,7 @@ from awq_rt.backend import LinearSpec, Packed
 from awq_rt.devices import Device, Probe, Refusal
 from awq_rt.weights import AwqWeight
 
-from . import _native, fused, strips
+from . import _native, capture, fused, strips
 
 __version__ = "0.1.0"
 
@@ -68,6 +69,7 @@ class CpuBackend:
     unpack = staticmethod(strips.unpack)
     linear = staticmethod(strips.linear)
     join = staticmethod(strips.join)
+    capture = staticmethod(capture.capture)
 
 
 def _int8_wanted() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, get_num_threads
 
 from awq_rt.ops import AttentionSpec, AttentionTensors
@@ -60,6 +61,11 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return _native.dense_linear(x, weight, bias, DENSE_ROWS, get_num_threads())
 
 
+def argmax(logits: Tensor) -> Tensor:
+    found = torch.empty(len(logits), dtype=torch.int64)
+    return _native.argmax(logits, found, get_num_threads())
+
+
 @functools.lru_cache(maxsize=256)
 def _attention(spec: AttentionSpec) -> _native.Attention | None:
     sizes = (spec.heads, spec.kv_heads, spec.head_dim, spec.rotary_dim)
@@ -77,4 +83,5 @@ OPS: dict[str, Callable[..., Tensor]] = {
     "rope_append": rope_append,
     "decode_attention": decode_attention,
     "dense_linear": dense_linear,
+    "argmax": argmax,
 }

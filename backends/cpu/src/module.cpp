@@ -12,6 +12,7 @@
 
 #include "isa.h"
 #include "operators.h"
+#include "tape.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -35,12 +36,16 @@ const awq::Isa& isa() {
 
 awq::Runner runner(int threads) { return {*isa().kernels, isa().int8, threads}; }
 
-// `work`, without the interpreter's lock where it takes long.
+// Does `work(runner)`, without the interpreter's lock where it takes long; a tape that records keeps it, with the
+// `tensors` that it reads and writes.
 template <class F>
-void unlocked(int64_t elements, F work) {
-    std::optional<py::gil_scoped_release> released;
-    if (elements >= kLongElements) released.emplace();
-    work();
+void perform(int64_t elements, int threads, std::initializer_list<py::handle> tensors, F work) {
+    {
+        std::optional<py::gil_scoped_release> released;
+        if (elements >= kLongElements) released.emplace();
+        work(runner(threads));
+    }
+    if (awq::Tape* tape = awq::Tape::recording()) tape->keep([work](int now) { work(runner(now)); }, tensors);
 }
 
 py::object not_served() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
@@ -82,7 +87,7 @@ public:
     // `packed` and `bias` (0 for none) are addresses: torch.uint8 need not be read, and weights do not move.
     py::object run(py::object x, uintptr_t packed, uintptr_t bias, int threads) const {
         TensorView in;
-        if (!awq::read(x, in) || in.int32 || in.dtype != dtype_ || in.dims == 0 ||
+        if (!awq::read(x, in) || in.integer || in.dtype != dtype_ || in.dims == 0 ||
             in.shape[in.dims - 1] != shape_.in_features)
             return not_served();
         if (!in.contiguous()) {
@@ -98,10 +103,11 @@ public:
         const awq::Output out{to.data, dtype_, reinterpret_cast<const void*>(bias), bias_dtype_};
         const int64_t rows = in.size() / shape_.in_features;
         const auto* strips = reinterpret_cast<const uint8_t*>(packed);
-        unlocked(rows * bytes(), [&] {
-            if (int8_) runner(threads).linear_int8(shape_, strips, in.data, dtype_, rows, out);
-            else runner(threads).linear(shape_, strips, in.data, dtype_, rows, family_, out);
-        });
+        perform(rows * bytes(), threads, {x, y},
+                [of = *this, strips, from = in.data, rows, out](const awq::Runner& runner) {
+                    if (of.int8_) runner.linear_int8(of.shape_, strips, from, of.dtype_, rows, out);
+                    else runner.linear(of.shape_, strips, from, of.dtype_, rows, of.family_, out);
+                });
         return y;
     }
 
@@ -138,14 +144,16 @@ public:
             !served(in, first, positions, k_cache, v_cache, cos, sin, q_norm, k_norm, py::none(), a, end))
             return not_served();
         const int64_t batch = in.shape[0], count = in.shape[1];
-        check(positions, count, end);
         const int64_t made[] = {batch, a.heads, count, a.head_dim};
         py::object q = awq::new_empty(qkv, made, 4);
         TensorView to;
         awq::read(q, to);
-        unlocked(in.size(), [&] {
-            runner(threads).rope_append(a, in.data, static_cast<const int32_t*>(positions.data), batch, count, to.data);
-        });
+        const auto* slots = static_cast<const int32_t*>(positions.data);
+        perform(in.size(), threads, {qkv, q, first, k_cache, v_cache, cos, sin, q_norm, k_norm},
+                [a, from = in.data, slots, batch, count, end, to = to.data](const awq::Runner& runner) {
+                    check(slots, batch, count, end);
+                    runner.rope_append(a, from, slots, batch, count, to);
+                });
         return q;
     }
 
@@ -157,7 +165,6 @@ public:
         if (!awq::read(qkv, in) || in.dims != 2 ||
             !served(in, first, positions, k_cache, v_cache, cos, sin, q_norm, k_norm, slopes, a, end))
             return not_served();
-        check(positions, 1, end);
         const int64_t batch = in.shape[0], made[] = {batch, a.heads * a.head_dim};
         py::object y = awq::new_empty(qkv, made, 2);
         TensorView to;
@@ -165,8 +172,12 @@ public:
         const auto* slots = static_cast<const int32_t*>(positions.data);
         int64_t seen = 0;
         for (int64_t row = 0; row < batch; row++) seen += slots[row] + 1;
-        unlocked(seen * a.heads * a.head_dim,
-                 [&] { runner(threads).decode_attention(a, in.data, slots, batch, to.data); });
+        perform(seen * a.heads * a.head_dim, threads,
+                {qkv, y, first, k_cache, v_cache, cos, sin, q_norm, k_norm, slopes},
+                [a, from = in.data, slots, batch, end, to = to.data](const awq::Runner& runner) {
+                    check(slots, batch, 1, end);
+                    runner.decode_attention(a, from, slots, batch, to);
+                });
         return y;
     }
 
@@ -178,11 +189,11 @@ private:
         const int64_t batch = qkv.shape[0], width = (a.heads + 2 * a.kv_heads) * a.head_dim;
         TensorView k, v, table;
         if (!qkv.floating() || !qkv.contiguous() || qkv.shape[qkv.dims - 1] != width) return false;
-        if (!awq::read(first, positions) || !positions.int32 || positions.dims != 1 || positions.shape[0] != batch ||
+        if (!awq::read(first, positions) || positions.integer != 32 || positions.dims != 1 || positions.shape[0] != batch ||
             !positions.contiguous())
             return false;
         for (auto [object, view] : {std::pair{k_cache, &k}, std::pair{v_cache, &v}})
-            if (!awq::read(object, *view) || view->int32 || view->dtype != qkv.dtype || view->dims != 4 ||
+            if (!awq::read(object, *view) || view->integer || view->dtype != qkv.dtype || view->dims != 4 ||
                 view->shape[0] != batch || view->shape[1] != a.kv_heads || view->shape[3] != a.head_dim ||
                 view->strides[3] != 1 || (view->shape[2] > 1 && view->strides[2] != a.head_dim))
                 return false;
@@ -208,9 +219,8 @@ private:
     }
 
     // A wrong position would write outside the cache.
-    static void check(const TensorView& positions, int64_t count, int64_t end) {
-        const auto* first = static_cast<const int32_t*>(positions.data);
-        for (int64_t row = 0; row < positions.shape[0]; row++)
+    static void check(const int32_t* first, int64_t rows, int64_t count, int64_t end) {
+        for (int64_t row = 0; row < rows; row++)
             if (first[row] < 0 || first[row] + count > end)
                 throw std::out_of_range("positions " + std::to_string(first[row]) + " to " +
                                         std::to_string(first[row] + count - 1) + " of row " + std::to_string(row) +
@@ -225,15 +235,16 @@ py::object dense_linear(py::object x, py::object weight, py::object bias, int64_
     if (!awq::read(x, in) || !awq::read(weight, w) || !in.floating() || !w.floating() || in.dims != 2 || w.dims != 2 ||
         in.shape[0] > most_rows || in.shape[1] != w.shape[1] || !in.contiguous() || !w.contiguous())
         return not_served();
-    if (!bias.is_none() && (!awq::read(bias, b) || b.int32 || !b.is(b.dtype, {w.shape[0]}))) return not_served();
+    if (!bias.is_none() && (!awq::read(bias, b) || b.integer || !b.is(b.dtype, {w.shape[0]}))) return not_served();
     const int64_t made[] = {in.shape[0], w.shape[0]};
     py::object y = awq::new_empty(x, made, 2);
     TensorView to;
     awq::read(y, to);
-    unlocked(w.size() * in.shape[0], [&] {
-        runner(threads).dense_linear(w.data, w.dtype, w.shape[1], w.shape[0], in.data, in.dtype, in.shape[0],
-                                     {to.data, in.dtype, b.data, b.dtype});
-    });
+    perform(w.size() * in.shape[0], threads, {x, y, weight, bias},
+            [w = w.data, dtype = w.dtype, k = w.shape[1], n = w.shape[0], from = in.data, from_dtype = in.dtype,
+             rows = in.shape[0], out = awq::Output{to.data, in.dtype, b.data, b.dtype}](const awq::Runner& runner) {
+                runner.dense_linear(w, dtype, k, n, from, from_dtype, rows, out);
+            });
     return y;
 }
 
@@ -244,10 +255,11 @@ py::object rms_norm(py::object x, py::object weight, float eps, int threads) {
         return not_served();
     py::object y = awq::new_empty(x, in.shape, 2);
     awq::read(y, to);
-    unlocked(in.size(), [&] {
-        runner(threads).rms_norm(in.data, in.dtype, static_cast<const float*>(w.data), eps, in.shape[0], in.shape[1],
-                                 to.data);
-    });
+    perform(in.size(), threads, {x, y, weight},
+            [from = in.data, dtype = in.dtype, w = static_cast<const float*>(w.data), eps, rows = in.shape[0],
+             width = in.shape[1], to = to.data](const awq::Runner& runner) {
+                runner.rms_norm(from, dtype, w, eps, rows, width, to);
+            });
     return y;
 }
 
@@ -258,10 +270,11 @@ py::object add_rms_norm(py::object x, py::object residual, py::object weight, fl
         return not_served();
     py::object y = awq::new_empty(x, in.shape, 2);
     awq::read(y, to);
-    unlocked(in.size(), [&] {
-        runner(threads).add_rms_norm(in.data, sum.data, in.dtype, static_cast<const float*>(w.data), eps, in.shape[0],
-                                     in.shape[1], to.data);
-    });
+    perform(in.size(), threads, {x, y, residual, weight},
+            [from = in.data, sum = sum.data, dtype = in.dtype, w = static_cast<const float*>(w.data), eps,
+             rows = in.shape[0], width = in.shape[1], to = to.data](const awq::Runner& runner) {
+                runner.add_rms_norm(from, sum, dtype, w, eps, rows, width, to);
+            });
     return y;
 }
 
@@ -272,10 +285,26 @@ py::object gated_activation(py::object gate_up, int activation, int threads) {
     const int64_t made[] = {in.shape[0], in.shape[1] / 2};
     py::object y = awq::new_empty(gate_up, made, 2);
     awq::read(y, to);
-    unlocked(in.size(), [&] {
-        runner(threads).gated_activation(in.data, in.dtype, activation, made[0], made[1], to.data);
-    });
+    perform(in.size(), threads, {gate_up, y},
+            [from = in.data, dtype = in.dtype, activation, rows = made[0], width = made[1],
+             to = to.data](const awq::Runner& runner) {
+                runner.gated_activation(from, dtype, activation, rows, width, to);
+            });
     return y;
+}
+
+// Into `found`, int64 [rows].
+py::object argmax(const py::object& logits, py::object found, int threads) {
+    TensorView in, to;
+    if (!awq::read(logits, in) || !in.floating() || in.dims != 2 || !in.contiguous() || !in.shape[1] ||
+        !awq::read(found, to) || to.integer != 64 || to.dims != 1 || to.shape[0] != in.shape[0] || !to.contiguous())
+        return not_served();
+    perform(in.size(), threads, {logits, found},
+            [from = in.data, dtype = in.dtype, rows = in.shape[0], width = in.shape[1],
+             to = static_cast<int64_t*>(to.data)](const awq::Runner& runner) {
+                runner.argmax(from, dtype, rows, width, to);
+            });
+    return found;
 }
 
 }  // namespace
@@ -303,8 +332,16 @@ PYBIND11_MODULE(_native, m) {
         .def("append", &Attention::append)
         .def("decode", &Attention::decode);
 
+    py::class_<awq::Tape>(m, "Tape")
+        .def(py::init<>())
+        .def("start", &awq::Tape::start)
+        .def("stop", &awq::Tape::stop)
+        .def("__len__", &awq::Tape::size)
+        .def("run", &awq::Tape::run);
+
     m.def("dense_linear", &dense_linear);
     m.def("rms_norm", &rms_norm);
     m.def("add_rms_norm", &add_rms_norm);
     m.def("gated_activation", &gated_activation);
+    m.def("argmax", &argmax);
 }

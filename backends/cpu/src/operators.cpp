@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <new>
 
 #include "pool.h"
@@ -55,6 +56,28 @@ void in_ranges(int64_t count, int64_t least, int threads, F f) {
 
 int64_t strips_a_part(const Shape& shape, int rows) {
     return std::max<int64_t>(1, kPartBytes / (shape.strip_bytes() * rows));
+}
+
+// The index of the largest of `x`, the first of equal ones; of the first NaN where there is one.
+int64_t largest(const float* x, int64_t count) {
+    constexpr int kLanes = 16;  // as many maxima as the compiler keeps in vectors
+    float peaks[kLanes];
+    int32_t missing[kLanes] = {};
+    for (float& peak : peaks) peak = -std::numeric_limits<float>::infinity();
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        for (int lane = 0; lane < kLanes; lane++) {
+            const float value = x[i + lane];
+            peaks[lane] = value > peaks[lane] ? value : peaks[lane];
+            missing[lane] |= value != value;
+        }
+    for (; i < count; i++) {
+        peaks[0] = x[i] > peaks[0] ? x[i] : peaks[0];
+        missing[0] |= x[i] != x[i];
+    }
+    const bool any_missing = std::any_of(missing, missing + kLanes, [](int32_t found) { return found; });
+    const float peak = *std::max_element(peaks, peaks + kLanes);
+    return std::find_if(x, x + count, [&](float value) { return any_missing ? value != value : value == peak; }) - x;
 }
 
 }  // namespace
@@ -180,6 +203,22 @@ void Runner::gated_activation(const void* gate_up, Dtype dtype, int activation, 
         for (; first < last; first++) {
             const void* gate = offset(gate_up, 2 * first * bytes);
             kernels.gated(gate, offset(gate, bytes), dtype, activation, width, offset(y, first * bytes));
+        }
+    });
+}
+
+void Runner::argmax(const void* x, Dtype dtype, int64_t rows, int64_t width, int64_t* y) const {
+    in_ranges(rows, ceil_div(kSerialElements, width), threads, [&](int64_t first, int64_t last) {
+        thread_local Scratch wide;
+        for (; first < last; first++) {
+            const void* row = offset(x, first * width * bytes_of(dtype));
+            if (dtype == Dtype::f32) {
+                y[first] = largest(static_cast<const float*>(row), width);
+            } else {
+                float* copy = wide.of<float>(width);
+                kernels.to_float(row, dtype, width, copy);
+                y[first] = largest(copy, width);
+            }
         }
     });
 }

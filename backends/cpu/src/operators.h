@@ -23,6 +23,8 @@ struct Runner {
                       int64_t width, void* y) const;
     // gate_up [rows, 2 width] -> y [rows, width]
     void gated_activation(const void* gate_up, Dtype, int activation, int64_t rows, int64_t width, void* y) const;
+    // The index of the largest of each row, the first of equal ones; NaN is largest.
+    void argmax(const void* x, Dtype, int64_t rows, int64_t width, int64_t* y) const;
     // qkv [batch, count, (heads + 2 kv_heads) head_dim] -> q [batch, heads, count, head_dim], k and v into the caches.
     void rope_append(const Attention&, const void* qkv, const int32_t* first, int64_t batch, int64_t count,
                      void* q) const;

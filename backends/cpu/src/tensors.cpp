@@ -41,12 +41,12 @@ bool read_by_exchange(py::handle tensor, TensorView& view) {
     if (exchange->tensor_from_object(tensor.ptr(), &found)) throw py::error_already_set();
     const auto [code, bits, lanes] = found.dtype;
     if (found.device.type != dlpack::kCpu || lanes != 1 || found.ndim > TensorView::kMostDims) return false;
-    view.int32 = code == dlpack::kInt && bits == 32;
+    view.integer = code == dlpack::kInt && (bits == 32 || bits == 64) ? bits : 0;
     if (code == dlpack::kFloat && bits == 32) view.dtype = Dtype::f32;
     else if (code == dlpack::kFloat && bits == 16) view.dtype = Dtype::f16;
     else if (code == dlpack::kBfloat && bits == 16) view.dtype = Dtype::bf16;
     else if (code == dlpack::kFloat && bits == 64) view.dtype = Dtype::f64;
-    else if (!view.int32) return false;
+    else if (!view.integer) return false;
     view.data = static_cast<char*>(found.data) + found.byte_offset;
     view.dims = found.ndim;
     for (int i = 0; i < found.ndim; i++) view.shape[i] = found.shape[i], view.strides[i] = found.strides[i];
@@ -58,12 +58,12 @@ bool read_by_attributes(py::handle tensor, TensorView& view) {
     const auto shape = tensor.attr("shape").cast<py::tuple>(), strides = tensor.attr("stride")().cast<py::tuple>();
     if (shape.size() > size_t(TensorView::kMostDims)) return false;
     const auto dtype = py::str(tensor.attr("dtype")).cast<std::string>();
-    view.int32 = dtype == "torch.int32";
+    view.integer = dtype == "torch.int32" ? 32 : dtype == "torch.int64" ? 64 : 0;
     if (dtype == "torch.float32") view.dtype = Dtype::f32;
     else if (dtype == "torch.float16") view.dtype = Dtype::f16;
     else if (dtype == "torch.bfloat16") view.dtype = Dtype::bf16;
     else if (dtype == "torch.float64") view.dtype = Dtype::f64;
-    else if (!view.int32) return false;
+    else if (!view.integer) return false;
     view.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
     view.dims = int(shape.size());
     for (int i = 0; i < view.dims; i++)
@@ -87,7 +87,7 @@ bool TensorView::contiguous() const {
 }
 
 bool TensorView::is(Dtype wanted, std::initializer_list<int64_t> sizes) const {
-    if (int32 || dtype != wanted || dims != int(sizes.size())) return false;
+    if (integer || dtype != wanted || dims != int(sizes.size())) return false;
     const int64_t* own = shape;
     for (const int64_t wanted_size : sizes)
         if (const int64_t found = *own++; wanted_size >= 0 && found != wanted_size) return false;

@@ -17,12 +17,12 @@ struct TensorView {
     void* data;
     int dims;
     Dtype dtype;
-    bool int32;  // then `dtype` means nothing
+    int integer;  // bits of an integer type, which then `dtype` says nothing of; else 0
     int64_t shape[kMostDims], strides[kMostDims];
 
     int64_t size() const;
     bool contiguous() const;
-    bool floating() const { return !int32 && dtype != Dtype::f64; }
+    bool floating() const { return !integer && dtype != Dtype::f64; }
     // Contiguous, of dtype `wanted` and shape `sizes`, -1 for any.
     bool is(Dtype wanted, std::initializer_list<int64_t> sizes) const;
 };
