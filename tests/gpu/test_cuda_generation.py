@@ -210,6 +210,53 @@ def test_a_step_that_cannot_be_captured_runs_uncaptured(tmp_path: Path, monkeypa
     assert torch.equal(found, expected)
 
 
+def test_a_capture_that_breaks_harms_neither_draws_nor_other_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path, "llama")
+    model, other = awq_rt.load(folder), awq_rt.load(folder)
+    ways = {"max_new_tokens": 20, "do_sample": True, "temperature": 2.0}
+
+    def drawn(of: Any, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        result: Tensor = of.generate(prompt(), **ways)
+        return result
+
+    torch.manual_seed(1)
+    expected = [uncaptured(model, monkeypatch, prompt(), **ways)]
+    torch.manual_seed(2)
+    expected.append(uncaptured(model, monkeypatch, prompt(), **ways))
+    assert torch.equal(drawn(other, 1), expected[0])
+    assert len(other.awq_rt_engine.session.graphs) > 0
+    original = session.Session._step
+
+    def breaking(self: session.Session, seen: int | None) -> Tensor:
+        result = original(self, seen)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()  # which no capture outlives
+        return result
+
+    stream = torch.cuda.current_stream()
+    with monkeypatch.context() as patched:
+        patched.setattr(session.Session, "_step", breaking)
+        with pytest.warns(UserWarning, match="capturing failed") as warned:
+            found = drawn(model, 1)
+    assert len(warned) == 1
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(found, expected[0])
+    assert torch.equal(drawn(model, 2), expected[1])
+    assert torch.equal(drawn(other, 2), expected[1])  # captured before
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    del model.awq_rt_engine.session  # a new one captures
+    assert torch.equal(drawn(model, 2), expected[1])
+    assert len(model.awq_rt_engine.session.graphs) > 0
+    block = torch.empty(64 << 20, device="cuda")
+    del block
+    torch.cuda.empty_cache()  # which gives nothing back while the allocator believes in a capture
+    assert torch.cuda.memory_reserved() < reserved + (64 << 20)
+
+
 def test_a_cache_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
     model = awq_rt.load(saved(tmp_path, "llama", max_position_embeddings=1 << 40), max_seq_len=1 << 33)
     before = torch.cuda.memory_allocated()
