@@ -272,11 +272,11 @@ class AwqModel:
         return bool(self._options.get("trust_remote_code"))
 
     def _dense_model(self) -> Any:
-        from transformers import AutoModelForCausalLM
+        from .models.architecture import dense_model
 
         assert self._source is not None
-        options = {name: value for name, value in self._options.items() if value is not None}
-        model = AutoModelForCausalLM.from_pretrained(self._source.root, dtype=self._dtype, **options)
+        options = {"trust_remote_code": False} | {n: value for n, value in self._options.items() if value is not None}
+        model = dense_model(self._source.root, dtype=self._dtype, **options)
         return model.to(self._device or registry.default_device())
 
 

@@ -60,6 +60,8 @@ class AwqLinear(nn.Module):
     """
 
     packed_0: Tensor
+    execution_device: torch.device | None = None
+    """Where each product's weight is copied to, of a linear that is offloaded; None where it is used where it lies."""
 
     def __init__(self, in_features: int, out_features: int, group_size: int, device: torch.device | str = "meta"):
         super().__init__()
@@ -84,10 +86,11 @@ class AwqLinear(nn.Module):
         kernel: str = "auto",
     ) -> registry.Choice:
         """Pack `weight` for activations of `dtype` on `device` and keep it; returns the choice of backend."""
-        target = torch.device(device) if device is not None else self._packed_device
+        target = torch.device(device) if device is not None else self._device
         spec = LinearSpec.of(weight, dtype, kernel)
         choice = selftest.choose(spec, target, backend)
         self.hold(choice.backend.pack(weight, spec, target))
+        self.execution_device = None
         self.backend_name, self.spec = choice.backend.name, spec
         self.pinned_backend = backend
         return choice
@@ -101,22 +104,36 @@ class AwqLinear(nn.Module):
         self._packed_count = len(packed.tensors)
         self.layout = packed.layout
 
+    def offload(self, home: Sequence[Tensor]) -> None:
+        """Keep `home`, copies of the packed tensors in the host's memory, and copy them back for each product."""
+        self.execution_device = self._device
+        self.hold(Packed(self.layout, tuple(home)))
+
     @property
     def packed(self) -> Packed:
+        """The packed weight where it lies."""
         return Packed(self.layout, tuple(getattr(self, f"packed_{i}") for i in range(self._packed_count)))
 
     @property
-    def _packed_device(self) -> torch.device:
-        return self.get_buffer("packed_0").device
+    def _device(self) -> torch.device:
+        """Where the products are computed."""
+        return self.execution_device or self.get_buffer("packed_0").device
+
+    def _packed_there(self) -> Packed:
+        """The packed weight on `_device`: a copy of one that is offloaded."""
+        packed, there = self.packed, self.execution_device
+        if there is None:
+            return packed
+        return Packed(self.layout, tuple(tensor.to(there, non_blocking=True) for tensor in packed.tensors))
 
     def weight_canonical(self) -> AwqWeight:
         """The canonical weight, unpacked again; exact."""
-        return registry.get(self.backend_name).unpack(self.packed)
+        return registry.get(self.backend_name).unpack(self._packed_there())
 
     @property
     def weight(self) -> Tensor:
         """An empty tensor: some model code asks a linear's weight for its dtype and device, or initialises it."""
-        empty = torch.empty(0, dtype=self.spec.dtype if self.spec else None, device=self.packed_0.device)
+        empty = torch.empty(0, dtype=self.spec.dtype if self.spec else None, device=self._device)
         empty._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers then leaves it alone
         return empty
 
@@ -133,7 +150,7 @@ class AwqLinear(nn.Module):
                 f"{self!r}: the input is {x.dtype}; {self.spec.dtype} is expected, "
                 "chosen when the model was loaded (dtype=)"
             )
-        packed = self.packed
+        packed = self._packed_there()
         if x.device != packed.tensors[0].device:  # a kernel would read at an address of another memory
             raise InvalidInput(
                 f"{self!r}: the input is on {x.device}, the weight on {packed.tensors[0].device}; move one of them"
@@ -149,8 +166,8 @@ class AwqLinear(nn.Module):
         if self.spec is None:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        probe = fn(torch.empty(0, dtype=self.spec.dtype, device=self._packed_device))
-        if probe.device != self._packed_device or probe.dtype != self.spec.dtype:
+        probe = fn(torch.empty(0, dtype=self.spec.dtype, device=self._device))
+        if probe.device != self._device or probe.dtype != self.spec.dtype:
             weight = self.weight_canonical()
             self.bind(weight, probe.dtype, probe.device, backend=self.pinned_backend, kernel=self.spec.kernel)
         return self

@@ -52,7 +52,7 @@ class CheckpointFiles:
 def locate(id_or_path: str | Path, *, revision: str | None = None, token: str | None = None) -> CheckpointFiles:
     """The checkpoint's files, fetched from the hub if `id_or_path` is no path here.
 
-    Raises `CheckpointNotFound`, `HubUnavailable`, `MissingShard`, `InvalidConfig` or `CorruptFile`.
+    Raises `CheckpointNotFound`, `HubUnavailable`, `MissingShard`, `InvalidConfig` or `UnsupportedFormat`.
     """
     name = str(id_or_path)
     if path := _existing(name):

@@ -60,6 +60,9 @@ def fuse(model: Any, fuse: bool | str | Mapping[str, Any] = "auto") -> Fusion:
 
 def _fuse(model: Any, mapping: Mapping[str, Any] | None) -> Fusion:
     finder = Finder(model, mapping)
+    dense = any(parameter.is_meta for parameter in model.parameters())
+    if dense or any(linear.execution_device is not None for linear in _packed(model)):
+        raise CannotFuse(type(model).__name__, "parts of it are offloaded, and on the device only while they are used")
     places = {parameter.device for parameter in model.parameters()} | {m.packed_0.device for m in _packed(model)}
     if len(places) != 1:
         raise CannotFuse(type(model).__name__, f"it is spread over {len(places)} devices")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -34,6 +35,23 @@ def architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, 
         f"transformers {transformers.__version__} has no causal language model for {type(config).__name__} "
         f"(architectures {config.architectures}); a newer release may"
     )
+
+
+def tokenizer(source: str | Path, trust_remote_code: bool, **options: Any) -> Any:
+    """The tokenizer of a folder, None where it holds none, or of a hub id. What its library raises goes on."""
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+    if isinstance(source, Path) and not any((source / name).is_file() for name in files):
+        return None
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+
+
+def dense_model(source: str | Path, trust_remote_code: bool, **options: Any) -> Any:
+    """The model of a checkpoint that is not quantised, as transformers loads it with `options`."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
 
 
 def _configuration(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:

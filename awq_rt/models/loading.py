@@ -12,10 +12,9 @@ import torch
 
 from .. import parallel, registry, tripwire
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..errors import AwqRtError, InvalidConfig, InvalidTensor, MissingTensor, ModelMismatch, UnsupportedDevice
+from ..errors import AwqRtError, InvalidConfig, MissingTensor, ModelMismatch, UnsupportedDevice
 from ..memory import collector_paused, trim
-from .activation import ScaledActivation
-from .architecture import architecture
+from .architecture import architecture, tokenizer
 from .dense import DenseTensor
 from .narrow import widen
 
@@ -55,8 +54,9 @@ def load(
     """The model in a local folder or file, under a hub id or of an open `Checkpoint` (for which `revision`, `token` and
     `group_size` say nothing), ready to `generate`, with `model.tokenizer`.
 
-    `device` defaults to the best one that an installed backend drives; `device_map` places layers on several, as in
-    transformers, and `tp_plan="auto"` cuts each layer over several, with a process for each (`torchrun`). `dtype` (of
+    `device` defaults to the best one that an installed backend drives; `device_map` places layers on several, and what
+    has no room there in the host's memory or in `offload_folder`, as in transformers; `tp_plan="auto"` cuts each layer
+    over several, with a process for each (`torchrun`). `dtype` (of
     activations and dense weights) defaults to float32 on a CPU, and elsewhere to the checkpoint's own if that is
     bfloat16, else float16. `backend` and `kernel` pin what is otherwise chosen for each linear. `group_size` is needed
     only where neither configuration nor tensors state it. `model_kwargs` go to transformers' `from_pretrained`.
@@ -160,11 +160,6 @@ def _from_checkpoint(
         raise MissingTensor(f"{checkpoint.root} lacks {', '.join(missing[:5])} of {model_class.__name__}")
     if mismatched := sorted(report["mismatched_keys"]):
         raise ModelMismatch(f"{checkpoint.root}: {mismatched[0]} has another size than config.json makes it")
-    for path, module in model.named_modules():
-        if isinstance(module, ScaledActivation) and not bool((module.scales.isfinite() & (module.scales != 0)).all()):
-            raise InvalidTensor(
-                f"{checkpoint.root}: {path}.scales hold 0, NaN or infinity; activations are divided by them"
-            )
     model.config.use_cache = True  # AutoAWQ saves false, which would compute the whole prompt again for every token
     _set_generation_config(model, checkpoint.root)
     return model
@@ -205,7 +200,7 @@ def _places(device: str | torch.device | None, device_map: str | dict[str, Any] 
 
 def _dtype(dtype: str | torch.dtype | None, checkpoint: Checkpoint, places: str | dict[str, Any]) -> torch.dtype:
     own = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if dtype is None and isinstance(places, dict) and {str(place) for place in places.values()} <= {"cpu", "cpu:0"}:
+    if dtype is None and isinstance(places, dict) and {*map(str, places.values())} <= {"cpu", "cpu:0", "disk"}:
         return torch.float32
     if dtype is None:
         return torch.bfloat16 if own == "bfloat16" else torch.float16
@@ -232,12 +227,8 @@ def _set_generation_config(model: Any, root: Path) -> None:
 
 def _tokenizer(root: Path, trust_remote_code: bool) -> Any:
     """The checkpoint's tokenizer; None when it has none, and with a warning when it cannot be used."""
-    from transformers import AutoTokenizer
-
-    if not any((root / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
-        return None
     try:
-        return AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
+        return tokenizer(root, trust_remote_code)
     except Exception as error:  # tokenizers raise whatever their library does; the model is whole without one
         warnings.warn(f"{root}: the tokenizer cannot be used, so model.tokenizer is None: {error}", stacklevel=3)
         return None

@@ -22,7 +22,7 @@ from .. import registry
 from ..backend import LinearSpec
 from ..checkpoint import Checkpoint
 from ..conversion import quantization_config, stored_tensors
-from ..errors import LayoutCannotHold, UnsupportedDevice
+from ..errors import InvalidTensor, LayoutCannotHold
 from ..formats import WRITABLE, LinearShape
 from ..linear import AwqLinear
 from ..memory import Trimmer
@@ -31,6 +31,7 @@ from ..weights import AwqWeight
 from .activation import ScaledActivation
 from .experts import AwqExperts, empty_linear
 from .narrow import narrow, settle
+from .offload import Homes, offload_folder
 from .placement import Experts, Placement, place
 from .reading import weights_of
 
@@ -74,6 +75,8 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **{**kwargs, "pre_quantized": True})
         self.placement = Placement()
         self.dtype = torch.float32  # of activations; told by `update_dtype`
+        self._unplaced: Any = None  # the model, while its device map is still a word
+        self._homes: Homes | None = None
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.dtype = dtype  # `model.dtype` is that of its first parameter, which may be kept in float32
@@ -81,20 +84,14 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")  # transformers asks again when it has resolved "auto"
-        if not isinstance(device_map, dict):
-            return
-        kinds = {"disk" if place == "disk" else str(place).split(":")[0] for place in device_map.values()}
-        if "disk" in kinds or ("cpu" in kinds and len(kinds) > 1):
-            raise UnsupportedDevice(
-                f"the model does not fit: device_map {device_map} leaves modules on the "
-                f"{'disk' if 'disk' in kinds else 'CPU'}, and packed linears run where they lie; "
-                "give more or larger devices, or device='cpu'"
-            )
+        if self._unplaced is not None:
+            self._place(self._unplaced, device_map)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         checkpoint = self._checkpoint()
         self._put_in_place(model)
         self._narrow(model, kwargs.get("device_map"))
+        self._place(model, kwargs.get("device_map"))
         wanted = self._wanted_dtypes(model)
         for name, target in self.placement.targets.items():
             self.quantization_config.dense[name].dtype = wanted.get(target)
@@ -115,8 +112,23 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
             down = [_joined_shape(checkpoint, experts.down[e]) for e in sorted(experts.down)]
             _replace(model, path, AwqExperts(model.get_submodule(path), gate_up, down))
         for path, name in self.placement.activations.items():
-            features = checkpoint.dense[name].shape[0]
-            _replace(model, path, ScaledActivation(model.get_submodule(path), features))
+            scales = checkpoint.view(name)
+            if not bool((scales.isfinite() & (scales != 0)).all()):
+                raise InvalidTensor(
+                    f"{checkpoint.root}: {name} holds 0, NaN or infinity; activations are divided by it"
+                )
+            _replace(model, path, ScaledActivation(model.get_submodule(path), len(scales)))
+
+    def _place(self, model: Any, device_map: dict[str, Any] | str | None) -> None:
+        """See which linears will rest away from their device, before room for them is taken there.
+
+        Raises `UnsupportedDevice` for a device that is not here.
+        """
+        self._unplaced = model if isinstance(device_map, str) else None
+        if isinstance(device_map, dict):
+            for place in {*device_map.values()} - {"cpu", "disk"}:
+                registry.checked_device(f"cuda:{place}" if isinstance(place, int) else place)
+            self._homes = Homes(model, device_map)
 
     def _narrow(self, model: Any, device_map: dict[str, Any] | str | None) -> None:
         """Keep embedding and head in 16 bits on a CPU whose backend reads them so. `loading` undoes it where the model
@@ -145,11 +157,14 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
         slow: dict[tuple[str, str], list[str]] = {}
         filled, memory = list(self._linears(model)), Trimmer()
         self._compile_ahead(filled)
+        folder = offload_folder(model)
         read = weights_of(checkpoint, filled)
         for linear, names, weight in logging.tqdm(read, total=len(filled), desc="Packing weights"):
             device = linear.packed_0.device
             config = self.quantization_config
             choice = linear.bind(weight, self.dtype, device, backend=config.backend, kernel=config.kernel)
+            if self._homes is not None:
+                self._homes.take(linear, folder)
             memory.worked_through(sum(tensor.nbytes for tensor in linear.packed.tensors))
             if device.type != "cpu" and choice.backend.priority == 0 and config.backend is None:
                 why = "; ".join(f"{name}: {refusal}" for name, refusal in choice.refusals)
@@ -161,6 +176,7 @@ class AwqRtQuantizer(HfQuantizer):  # type: ignore[misc]
                 RuntimeWarning,
                 stacklevel=2,
             )
+        self._homes = None  # of the linears now
         self.quantization_config.checkpoint = None  # its files can be closed
         return model
 

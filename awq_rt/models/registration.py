@@ -109,6 +109,7 @@ class RegisteredQuantizer(AwqRtQuantizer):
             checkpoint = Checkpoint(CheckpointFiles(files[0].parent, files[0].parent, tuple(files), None))
         self.quantization_config = AwqRtConfig(checkpoint, {}, method=self._method)
         self._put_in_place(model, new_heads=True)
+        self._place(model, kwargs.get("device_map"))
         self._wanted = self._wanted_dtypes(model)
         for path in self.placement.linears:  # a packed head is tied to nothing, whatever the original's was
             if model.all_tied_weights_keys.pop(f"{path}.weight", None) is not None:
@@ -123,6 +124,11 @@ class RegisteredQuantizer(AwqRtQuantizer):
                 tensor.data = tensor.data.to(self._wanted.get(name, tensor.dtype))
         state = model.state_dict()
         for name, target in self.placement.dense.items():
+            if state[target].is_meta:
+                raise NotImplementedError(
+                    f"{target} is packed in the checkpoint and dense in the model, and device_map offloads it; name a "
+                    "device for it in device_map, or load the model with awq_rt.load"
+                )
             state[target].copy_(matrix(checkpoint[name], self._wanted[target]))
         self.quantization_config.kernel = self._kernel(model, checkpoint)
         super()._process_model_after_weight_loading(model, **kwargs)
