@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import awq_rt
 from awq_rt.errors import InvalidInput
+from awq_rt.fusion.prefill import prefill_attention
 from awq_rt.generation import session
+from awq_rt.ops import AttentionSpec, AttentionTensors
 
 FAMILIES = ("llama", "mistral", "qwen3", "phi3", "gemma2", "mixtral")
 
@@ -141,6 +145,31 @@ def test_every_limit_on_the_length(pair: Pair, steps: list[int]) -> None:
     assert len(steps) == 10
 
 
+def test_a_short_prompt_by_an_operator_of_its_own(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, steps: list[int]
+) -> None:
+    chosen, counts = pair.fused.fusion.decoder.ops, []
+
+    def prompt_attention(
+        qkv: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, tensors: AttentionTensors
+    ) -> Any:
+        batch, count, _ = qkv.shape
+        counts.append(count)
+        if count > 10:
+            return NotImplemented
+        first = torch.zeros(batch, dtype=torch.int32)
+        q = chosen.rope_append(qkv, first, k_cache, v_cache, spec, tensors)
+        y = prefill_attention(q, k_cache[:, :, :count], v_cache[:, :, :count], spec, tensors.slopes)
+        return y.transpose(1, 2).reshape(batch, count, -1)
+
+    monkeypatch.setattr(chosen, "prompt_attention", prompt_attention)
+    monkeypatch.setattr("awq_rt.fusion.decoder.CHUNK_TOKENS", 12)
+    for count in (9, 12, 30):
+        pair.agree(prompt(1, count), max_new_tokens=4, do_sample=False)
+    assert counts == [9, 9, 12, 12, 12, 12]  # of two layers each; of 30 only the first chunk begins at 0
+    assert steps
+
+
 def test_a_prompt_in_chunks(pair: Pair, monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
     monkeypatch.setattr("awq_rt.fusion.decoder.CHUNK_TOKENS", 30)
     pair.agree(prompt(5, 12), max_new_tokens=8, do_sample=False)  # two rows at a time
@@ -261,6 +290,28 @@ def test_a_model_that_was_changed_is_not_decoded_from_old_parts(tmp_path: Path, 
     assert len(steps) == taken
 
 
+@pytest.mark.parametrize("path", ["", "model", "model.embed_tokens", "model.layers.0", "model.norm", "lm_head"])
+def test_hooks_are_called(path: str, pair: Pair, steps: list[int]) -> None:
+    called: list[str] = []
+    hook = pair.fused.get_submodule(path).register_forward_hook(lambda *_: called.append(path))
+    try:
+        pair.fused.generate(prompt(), max_new_tokens=4, do_sample=False)
+    finally:
+        hook.remove()
+    assert len(called) == 4
+    assert not steps
+    pair.agree(prompt(), max_new_tokens=4, do_sample=False)
+    assert len(steps) == 3
+
+
+def test_a_model_with_other_layers_is_not_decoded_from_old_parts(tmp_path: Path, steps: list[int]) -> None:
+    pair = Pair(tmp_path)
+    for model in (pair.plain, pair.fused):
+        model.model.layers[0] = model.model.layers[1]
+    pair.agree(prompt(), max_new_tokens=8, do_sample=False)
+    assert not steps
+
+
 def test_a_copy_has_no_decoder_and_generates(tmp_path: Path, steps: list[int]) -> None:
     pair = Pair(tmp_path)
     copied = copy.deepcopy(pair.fused)
@@ -280,6 +331,22 @@ def test_a_model_that_moves_gets_another_decoder(tmp_path: Path, steps: list[int
     assert pair.agree(prompt(), max_new_tokens=8, do_sample=False).tolist() == before.tolist()
     assert pair.fused.fusion.decoder is not decoder
     assert len(steps) == 14
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_a_model_goes_when_its_last_name_goes(family: str, tmp_path: Path, steps: list[int]) -> None:
+    build(tmp_path, config_of(family))
+    model = awq_rt.load(tmp_path, fuse=True)
+    model.generate(prompt(), max_new_tokens=4, do_sample=False)
+    assert steps
+    seen = weakref.ref(model), weakref.ref(model.fusion.decoder)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert [found() for found in seen] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_training_and_autocast_are_left_to_transformers(tmp_path: Path, steps: list[int]) -> None:

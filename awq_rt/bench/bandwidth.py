@@ -24,7 +24,7 @@ WAYS: tuple[Callable[[Tensor], Tensor], ...] = (
 """On an H100 (torch 2.11): 3.123, 3.100 and 3.087 TB/s, where a kernel made for nothing but reading has 3.135."""
 
 
-def read_bandwidth(device: torch.device) -> float:
+def read_bandwidth(device: torch.device, repeats: int = REPEATS) -> float:
     """Bytes/s of the fastest of a few reductions over memory that no cache holds.
 
     None of torch's reductions reads fastest on every device, so the best one counts, at its best: a limit set too low
@@ -36,7 +36,7 @@ def read_bandwidth(device: torch.device) -> float:
         free, _ = torch.cuda.mem_get_info(device)
         data = torch.ones(min(GPU_BYTES, free // 2) // 4 // ROW * ROW, device=device)
         reads = 16  # waiting for a GPU takes some 10 us, which must not count
-    return max(data.nbytes / _seconds(way, data, reads) for way in WAYS)
+    return max(data.nbytes / _seconds(way, data, reads, repeats) for way in WAYS)
 
 
 def matmul_flops(device: torch.device) -> float | None:
@@ -57,11 +57,11 @@ def matmul_flops(device: torch.device) -> float | None:
     return 2 * SIDE**3 * PRODUCTS / float(start.elapsed_time(end) / 1e3)
 
 
-def _seconds(read: Callable[[Tensor], Tensor], data: Tensor, reads: int) -> float:
+def _seconds(read: Callable[[Tensor], Tensor], data: Tensor, reads: int, repeats: int) -> float:
     """The least time of one of `reads` in a row."""
     read(data)
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         synchronize(data.device)
         started = time.perf_counter()
         for _ in range(reads):

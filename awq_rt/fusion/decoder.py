@@ -47,10 +47,8 @@ class Decoder:
     @property
     def intact(self) -> bool:
         """Whether the model still consists of the parts that this was made of, with no hooks on them."""
-        for parent, name, child in self.description.parts:
-            if parent._modules.get(name) is not child or child._forward_hooks or child._forward_pre_hooks:
-                return False
-        return True
+        parts, hooks = self.description.parts, self.description.hooks
+        return not any(hooks) and all(children.get(name) is child for children, name, child in parts)
 
     @property
     def has_mixtures(self) -> bool:
@@ -127,8 +125,12 @@ class Decoder:
 
         def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             spec, tensors = layer.attention.spec, self._tensors[index]
-            keys, values = cache.keys[index], cache.values[index]
-            q = self.ops.rope_append(qkv.view(batch, count, -1), first, keys, values, spec, tensors)
+            keys, values, qkv = cache.keys[index], cache.values[index], qkv.view(batch, count, -1)
+            if start == 0 and not self.flash:
+                y = self.ops.prompt_attention(qkv, keys, values, spec, tensors)
+                if y is not NotImplemented:
+                    return y.view(batch * count, -1)  # type: ignore[no-any-return]
+            q = self.ops.rope_append(qkv, first, keys, values, spec, tensors)
             y = prefill_attention(q, keys[:, :, :end], values[:, :, :end], spec, tensors.slopes, self.flash)
             return y.transpose(1, 2).reshape(batch * count, -1)
 

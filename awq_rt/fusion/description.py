@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..ops import AttentionSpec
 from .projection import Projection
+
+Part = tuple[dict[str, nn.Module | None], str, nn.Module]
+"""A module's children by name, one of the names, and the child that it had.
+
+Not the module itself: the model holds its decoder, and were the model held here, the two would keep each other, and the
+GPU's memory, until Python looks for cycles.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +77,8 @@ class Description:
     logit_softcap: float | None
     rotary: Callable[[int], tuple[Tensor, Tensor]] | None
     rotary_limit: int | None
-    parts: tuple[tuple[nn.Module, str, nn.Module], ...]  # (parent, name, child): all that this was read from
+    parts: tuple[Part, ...]  # all that this was read from
+    hooks: tuple[Mapping[int, Any], ...]  # on the model and its parts, of every kind
 
     @property
     def hidden_sizes(self) -> set[int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import InvalidConfig
 from ..linear import AwqLinear
 from ..ops import ACTIVATIONS, AttentionSpec, rms_norm
-from .description import Attention, Description, GatedMlp, Layer, Norm
+from .description import Attention, Description, GatedMlp, Layer, Norm, Part
 from .projection import Projection
 
 ATTENTIONS = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))
@@ -54,7 +54,7 @@ class Finder:
         self.model = model
         self.config = model.config.get_text_config()
         self.mapping = _checked(mapping or {})
-        self.parts: list[tuple[nn.Module, str, nn.Module]] = []
+        self.parts: list[Part] = []
         self.paths = {module: path for path, module in model.named_modules()}
 
     def description(self) -> Description:
@@ -67,13 +67,17 @@ class Finder:
         if not isinstance(head, (nn.Linear, AwqLinear)):
             raise CannotFuse("lm_head", "the model has no linear that gives logits")
         alibi = bool(self.mapping.get("use_alibi"))
+        embedding = self.model.get_input_embeddings()
+        for module in (base.layers, embedding):
+            self._take_path(module)
         rotary = None if alibi else self._rotary(base)
         rotary_dim = 0 if rotary is None else 2 * rotary(1)[0].shape[-1]
-        layers = tuple(self._layer(layer, index, rotary_dim, alibi) for index, layer in enumerate(base.layers))
+        layers = tuple(self._layer(base.layers, index, rotary_dim, alibi) for index in range(len(base.layers)))
         norm = self._norm(base, self.mapping.get("layernorm", ["norm"])[-1])
         self._take(self.model, next(name for name, child in self.model.named_children() if child is head))
+        watched = [self.model, *(child for _, _, child in self.parts)]
         return Description(
-            self.model.get_input_embeddings(),
+            embedding,
             1.0,
             layers,
             norm,
@@ -82,9 +86,11 @@ class Finder:
             rotary,
             self._rotary_limit(),
             tuple(self.parts),
+            tuple(hooks for module in watched for hooks in (module._forward_hooks, module._forward_pre_hooks)),
         )
 
-    def _layer(self, layer: nn.Module, index: int, rotary_dim: int, alibi: bool) -> Layer:
+    def _layer(self, layers: nn.ModuleList, index: int, rotary_dim: int, alibi: bool) -> Layer:
+        layer = self._take(layers, str(index))
         norms = self._norms(layer)
         attention = self._attention(layer, index, rotary_dim, alibi)
         mlp = self._mlp(layer)
@@ -188,8 +194,14 @@ class Finder:
         child = getattr(parent, name, None)
         if not isinstance(child, nn.Module):
             raise CannotFuse(self.paths[parent], f"it has no module {name!r}")
-        self.parts.append((parent, name, child))
+        self.parts.append((parent._modules, name, child))
         return child
+
+    def _take_path(self, module: nn.Module) -> None:
+        """Take `module` and all that lies between the model and it."""
+        parent = self.model
+        for name in self.paths[module].split("."):
+            parent = self._take(parent, name)
 
     def _number(self, name: str) -> int:
         return int(self.mapping.get(name) or getattr(self.config, name))
@@ -206,6 +218,7 @@ class Finder:
         module = getattr(base, "rotary_emb", None)
         if not isinstance(module, nn.Module):
             raise CannotFuse(self.paths[base], "it has no rotary_emb, and no mapping says that it uses ALiBi")
+        self._take(base, "rotary_emb")
         device = self.model.device
 
         def tables(count: int) -> tuple[Tensor, Tensor]:

@@ -58,14 +58,24 @@ class Engine:
         return Engine(None, self.max_seq_len)  # a copied model has weights of its own
 
     def generate(
-        self, ids: Tensor, lengths: list[int], sampler: Sampler, criteria: Any, pad: Tensor | None, streamer: Any
+        self,
+        ids: Tensor,
+        on_host: Tensor,
+        lengths: list[int],
+        sampler: Sampler,
+        criteria: Any,
+        pad: Tensor | None,
+        streamer: Any,
     ) -> Tensor:
-        """`ids` [B, T], row b's last `lengths[b]` count -> [B, T + new]. Stops when `criteria` say so for every row."""
+        """`ids` [B, T], row b's last `lengths[b]` count -> [B, T + new]. Stops when `criteria` say so for every row.
+
+        `on_host` are the same ids: copied before the prompt is read, for which a copy would wait.
+        """
         with self._lock:
             session = self._session_for(len(ids), max(lengths) + criteria.max_length - ids.shape[1])
             try:
                 session.start(ids, lengths, sampler)
-                return _collect(session, ids, criteria, pad, streamer)
+                return _collect(session, on_host, criteria, pad, streamer).to(ids.device)
             finally:
                 session.finish()
 
@@ -134,9 +144,10 @@ class FusedGeneration:
             raise Unsupported("a mask may follow from the padding")
         else:
             lengths = [ids.shape[1]] * len(ids)
+        on_host = ids.cpu()
         if asked.streamer is not None:
-            asked.streamer.put(ids.cpu())
-        return engine.generate(ids, lengths, prepared.sampler, criteria, prepared.pad, asked.streamer)
+            asked.streamer.put(on_host)
+        return engine.generate(ids, on_host, lengths, prepared.sampler, criteria, prepared.pad, asked.streamer)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **more: Any
@@ -174,9 +185,8 @@ class FusedGeneration:
             if prepared is not None:
                 engine.requests.keep(asked.key, prepared)
         pad = generation_config._pad_token_tensor
-        return engine.generate(
-            input_ids, lengths, sampler, stopping_criteria, None if pad is None else pad.cpu(), streamer
-        )
+        pad = None if pad is None else pad.cpu()
+        return engine.generate(input_ids, input_ids.cpu(), lengths, sampler, stopping_criteria, pad, streamer)
 
 
 _asked: contextvars.ContextVar[Request | None] = contextvars.ContextVar("awq_rt_asked", default=None)
@@ -191,7 +201,7 @@ def attach(model: Any, decoder: Decoder, max_seq_len: int | None = None) -> None
 
 
 def _collect(session: Session, ids: Tensor, criteria: Any, pad: Tensor | None, streamer: Any) -> Tensor:
-    """The tokens of a session that has read its prompts, after `ids` [B, T], until `criteria` stop every row."""
+    """The tokens of a session that has read its prompts, after `ids` [B, T] on the host, until `criteria` stop all."""
     batch, count = ids.shape
     left = criteria.max_length - count - 1  # steps to be requested: the first token comes with the prompt
     if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
@@ -213,7 +223,7 @@ def _collect(session: Session, ids: Tensor, criteria: Any, pad: Tensor | None, s
         unfinished &= ~criteria(out[:, :count], None)
     if streamer is not None:
         streamer.end()
-    return out[:, :count].to(ids.device)
+    return out[:, :count]
 
 
 def _prompt_lengths(
@@ -253,6 +263,8 @@ def _lengths(ids: Tensor, mask: Tensor) -> list[int]:
     if mask.shape != ids.shape:
         raise Unsupported("the attention mask has another shape than the ids")
     count = ids.shape[1]
+    if bool(mask.all()):
+        return [count] * len(ids)
     sums = mask.sum(-1).long()
     padding = torch.arange(count, device=mask.device) < count - sums[:, None]
     # Told together, because each answer waits for the device.

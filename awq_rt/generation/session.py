@@ -51,6 +51,9 @@ class Session:
         self.sampler = sampler
         self._sent.clear()
         ends = torch.tensor(lengths, device=ids.device)
+        self.positions.zero_()  # rows past the batch stay at their first positions, where they harm nobody
+        self.positions[:rows] = ends
+        self.made.fill_(1)
         try:
             logits = self._read(_left_aligned(ids, lengths), ends - 1)
         except torch.OutOfMemoryError as error:
@@ -61,10 +64,7 @@ class Session:
         had = None
         if sampler.penalty is not None:
             had = self._remember(sampler.penalty.tokens_of(ids, logits.shape[-1]))
-        self.positions.zero_()  # rows past the batch stay at their first positions, where they harm nobody
-        self.positions[:rows] = ends
         self.tokens[:rows] = sampler(logits, Past(had), self.decoder.ops.argmax)
-        self.made.fill_(1)
         self._note()
         self._seen = max(lengths)
         self._send()

@@ -278,26 +278,34 @@ def test_a_generation_does_not_depend_on_the_stream(tmp_path: Path) -> None:
     assert all(torch.equal(result, expected) for result in found)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_perplexity_of_a_real_model(shared: Path, dtype: torch.dtype) -> None:
-    """Every position through the captured step, beside transformers' own forward pass."""
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 0.001), (torch.bfloat16, 0.005)])
+def test_perplexity_of_a_real_model(shared: Path, dtype: torch.dtype, limit: float) -> None:
+    """Every position through the captured step, beside transformers' own forward pass.
+
+    Both round in every layer, in different places, so that the loss of a position differs by chance, by some 0.03 in
+    float16: it takes 8,000 positions to see 0.1 %.
+    """
+    rows, count = 16, 512
     model = awq_rt.load(shared / "checkpoints" / "smollm2-135m-awq-gemm-g64", dtype=dtype)
-    text = (Path(__file__).resolve().parents[2] / "LICENSE").read_text()
-    ids = model.tokenizer(text, return_tensors="pt").input_ids[:, :512].cuda()
-    count = ids.shape[1]
-    running = session.Session(model.fusion.decoder, 1, count + 1)
-    found = []
+    root = Path(__file__).resolve().parents[2]
+    text = "".join(path.read_text() for path in [root / "LICENSE", *sorted((root / "docs").glob("*.md"))])
+    ids = model.tokenizer(text, return_tensors="pt").input_ids[0, : rows * count].view(rows, count).cuda()
+    running = session.Session(model.fusion.decoder, rows, count + 1)
+
+    def losses(logits: Tensor, wanted: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+
     with torch.no_grad():
-        expected = model(ids).logits[0, :-1].float()
+        expected = torch.stack([losses(model(row[None]).logits[0, :-1], row[1:]) for row in ids])
+        found = []
         for position in range(count - 1):
             running.tokens.copy_(ids[:, position])
             running.positions.fill_(position)
-            step = running.graphs.run("logits", lambda: running.decoder.step(*running_arguments(running)))
-            found.append(step[0].float().clone())
-    losses = [torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item() for logits in (torch.stack(found), expected)]
-    perplexities = [math.exp(loss) for loss in losses]
-    assert abs(perplexities[0] / perplexities[1] - 1) < (0.001 if dtype == torch.float16 else 0.01)
-    assert 2 < perplexities[0] < 30
+            logits = running.graphs.run("logits", lambda: running.decoder.step(*running_arguments(running)))
+            found.append(losses(logits, ids[:, position + 1]))
+    ratio = math.exp(torch.stack(found, dim=1).mean().item() - expected.mean().item())
+    assert abs(ratio - 1) < limit
+    assert 2 < math.exp(expected.mean().item()) < 60
 
 
 def running_arguments(running: session.Session) -> tuple[Any, ...]:

@@ -160,12 +160,13 @@ def test_one_wrong_zero_point_leaves_the_bound(gpu: torch.device, kernel: str, m
 
 
 @pytest.mark.timeout(LONG_S)
-@pytest.mark.parametrize("kernel", ["auto", "exllama"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("m", [1, 8, 16, 32, 64, 128, 512])
-def test_a_thousand_runs_agree_bit_for_bit(gpu: torch.device, m: int, kernel: str) -> None:
-    weight = hurtful_weight("random", 4096, 1024, 128, bias=True)
-    backend, packed = packed_on(gpu, weight, kernel=kernel)
-    x = rows_of(m, weight).to(gpu)
+def test_a_thousand_runs_agree_bit_for_bit(gpu: torch.device, m: int, dtype: torch.dtype, kernel: str) -> None:
+    weight = hurtful_weight("random", 4096, 1024, 128, scale_dtype=dtype, bias=True)
+    backend, packed = packed_on(gpu, weight, dtype, kernel)
+    x = rows_of(m, weight, dtype).to(gpu)
     first = backend.linear(x, packed)
     different = torch.zeros((), dtype=torch.int64, device=gpu)
     for _ in range(1000):

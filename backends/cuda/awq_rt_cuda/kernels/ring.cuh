@@ -89,6 +89,7 @@ struct Ring {
 
     // A consumer warp, if it `has` one, has read `stage`: told here, and to the blocks that bring it x.
     __device__ __forceinline__ void release(bool has, u32 stage, u32 first_neighbour, u32 lane) const {
+        __syncwarp();  // one lane speaks for all: their reads come before its arrival
         if (kShare == 1)
             barrier_arrive_if(has && lane == 0, empty(stage));
         else
