@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import awq_rt_rocm
 import fake_hip
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from awq_rt.backend import Packed
 from awq_rt.devices import Device, Probe
+from awq_rt.kernels.operators import Operators
 from awq_rt.rtc import Builder, KernelStore
 
 ARCHITECTURES = tuple(TARGETS)
@@ -75,7 +77,10 @@ def machine(clang: Clang, folder: Path) -> Iterator[Machine]:
 
     for cached in (tiled.load, tiled.load_dequantize, tiled.plan, exllama.load, exllama.plan):
         cached.cache_clear()  # handles of a machine before this one
+    operators = Operators(HipLauncher())  # those of the backend keep what they loaded, too
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(awq_rt_rocm, "OPERATORS", operators)
+        patch.setattr(RocmBackend, "ops", operators.by_name)
         patch.setenv("ROCM_PATH", str(folder))
         patch.setattr(driver, "entered", lambda index: contextlib.nullcontext())
         patch.setattr(driver, "current_stream", lambda index: fake_hip.STREAM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from amdsim import TARGETS, CodeObject
-from amdsim.toolchain import Clang, compilers
+from amdsim.toolchain import Clang
 
 pytest.importorskip("awq_rt_rocm", reason="awq-rt-rocm is not installed")
 import rocm_resources
@@ -52,14 +52,17 @@ def test_the_kernels_of_decoding_leave_room_for_a_second_wave(clang: Clang, arch
         assert next(iter(code.kernels.values())).vgprs <= VGPRS // 2, f"{chosen}"
 
 
-@pytest.mark.parametrize("arch", TARGETS)
-def test_a_second_compiler_agrees(clang: Clang, arch: str) -> None:
-    others = [other for other in compilers() if other != clang and other.knows(arch)]
-    if not others:
-        pytest.skip(f"no second compiler for {arch} is installed")
-    for built in rocm_resources.build(others[0], USUAL[0], arch):
-        needs = next(iter(built.code.kernels.values()))
-        assert (needs.spills, needs.scratch_bytes, built.missing) == (0, 0, []), built.name
+@pytest.mark.parametrize("card", rocm_resources.CARDS, ids=lambda card: card.name)
+def test_decoding_leaves_the_vector_units_free_for_two_fifths_of_the_time(
+    clang: Clang, card: rocm_resources.Card
+) -> None:
+    """Of one row, in float16 on half of the cards and in bfloat16 on the others; all of it is in the recorded table."""
+    half = rocm_resources.CARDS.index(card) % 2 == 0
+    (task,) = (task for task in rocm_resources.tasks_of(card) if task.decodes and task.kind.half == half)
+    found = task.shares()
+    assert found.error <= 1
+    assert found.issue_share <= rocm_resources.GOAL
+    assert max(found.matrix_share, found.lds_share) < 1
 
 
 def test_no_kernel_includes_a_vendors_header_and_one_file_tells_platforms_apart() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ pytest.importorskip("awq_rt_rocm", reason="awq-rt-rocm is not installed")
 import fake_hip
 import simulated
 from awq_rt_rocm import backend, driver, hiprtc, libraries, requirements, selection, targets, tiled
+from awq_rt_rocm import device as gpu
 from simulated import Machine, SimulatedBackend
 
 from awq_rt import devices
 from awq_rt.backend import LinearSpec
 from awq_rt.devices import Device, Probe
+from awq_rt.errors import UnsupportedDevice
 from awq_rt.packing import Kind
 from awq_rt.rtc import CompileFailed, Program
 from awq_rt.testing import excess, hurtful_cases, hurtful_weight
@@ -154,6 +157,13 @@ def test_a_runtime_that_is_missing_or_too_old_is_an_answer(
     assert [refusal.code for refusal in backend.probe().refusals] == [code]
 
 
+def test_a_gpu_whose_waves_are_of_another_size_is_refused_before_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-", warp_size=32)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    with pytest.raises(UnsupportedDevice, match=r"gfx942.* waves of 32 lanes.*HSA_OVERRIDE_GFX_VERSION"):
+        gpu.architecture_of.__wrapped__(0)
+
+
 def test_a_compiler_that_cannot_be_loaded_is_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ROCM_PATH", str(tmp_path))
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
@@ -200,25 +210,17 @@ def test_a_refused_kernel_shows_log_and_options(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.skipif(not DEBIAN_HIP.exists(), reason="Debian's libamdhip64-5 is not installed")
-def test_a_real_hiprtc_compiles_the_kernels_and_its_abort_is_survived(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """HIP 5.2 knows gfx90a and gfx1030, and aborts on gfx1100."""
-    from amdsim import CodeObject
-
+def test_the_abort_of_a_real_hiprtc_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HIP 5.2 aborts on gfx1100."""
     (tmp_path / "lib").mkdir()
     for name in ("libamdhip64.so", "libhiprtc.so"):
         (tmp_path / "lib" / name).symlink_to(DEBIAN_HIP)
     monkeypatch.setenv("ROCM_PATH", str(tmp_path))
     compiler = hiprtc.Hiprtc()
     assert compiler.version.endswith("of HIP 50221153")
-    kind = Kind(True, 0, 128)
-    for arch, unit, rows in (("gfx90a", "mfma", 16), ("gfx1030", "", 1)):
-        variant = selection.variant(rows, 32, unit)
-        needs = CodeObject.parse(compiler.compile(variant.program(kind, arch))).kernels[variant.entry]
-        assert needs.spills == 0
+    variant = selection.variant(1, 32, "auto", "wmma repeated")
     with pytest.raises(hiprtc.CompilerDied, match="SIG"):
-        compiler.compile(selection.variant(1, 32, "wmma repeated").program(kind, "gfx1100"))
+        compiler.compile(variant.program(Kind(True, 0, 128), "gfx1100"))
 
 
 def test_torchs_own_runtime_wins_over_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +232,44 @@ def test_torchs_own_runtime_wins_over_another(tmp_path: Path, monkeypatch: pytes
     with libraries.search_path():
         assert os.environ["ROCM_PATH"] == str(tmp_path)
     assert os.environ["ROCM_PATH"] == "/opt/elsewhere"
+
+
+LAYOUTS = {
+    "a wheel of torch": "wheel/torch",
+    "rocm_sdk wheels": "sdk/lib",
+    "a ROCm of the system": "system",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_runtime_is_found_in_each_layout(tmp_path: Path, layout: str) -> None:
+    """In a process of its own, which tells whose library was mapped. The system's ROCm is always there."""
+    pytest.importorskip("ziglang", reason="ziglang is not installed, which builds the fake HIP runtime")
+    fake_hip.build(tmp_path / "system")
+    wanted = tmp_path / LAYOUTS[layout]
+    if not wanted.exists():
+        fake_hip.build(wanted)
+    (tmp_path / "packages").mkdir()
+    if layout == "rocm_sdk wheels":
+        files = f"Path({str(wanted)!r}, 'lib', f'lib{{name}}.so') for name in names"
+        text = f"from pathlib import Path\n\n\ndef find_libraries(*names):\n    return [{files}]\n"
+        (tmp_path / "packages" / "rocm_sdk.py").write_text(text)
+    code = f"""
+import torch
+if {layout == "a wheel of torch"}:
+    torch.__file__ = {str(wanted / "__init__.py")!r}
+from awq_rt_rocm import driver
+try:
+    driver.version()
+except driver.DriverFailed as error:  # the fake has nobody behind it, and says so
+    print(error)
+print({{line.split()[-1] for line in open("/proc/self/maps") if "libamdhip64" in line}})
+"""
+    environment = {**os.environ, "ROCM_PATH": str(tmp_path / "system"), "PYTHONPATH": str(tmp_path / "packages")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "the fake was told to fail" in done.stdout
+    assert done.stdout.splitlines()[-1] == str({str(wanted / "lib" / "libamdhip64.so")})
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +312,8 @@ def test_a_call_loads_once_and_then_only_launches(fresh: Machine) -> None:
     ("arch", "rows", "family", "entry"),
     [
         ("gfx942", 1, "auto", "gemm"),
-        ("gfx942", 1, "gemv", "gemv"),
+        ("gfx942", 1, "gemv", "gemm"),
+        ("gfx1100", 1, "gemv", "gemv"),
         ("gfx942", 300, "auto", "dequantize_tiles"),
         ("gfx1100", 2, "auto", "gemv"),
         ("gfx1100", 3, "auto", "gemm"),
@@ -294,6 +335,15 @@ def test_every_call_that_fails_is_an_error_that_says_what_was_tried(fresh: Machi
         product(fresh, 8)
     fresh.hip.fail.clear()
     assert product(fresh, 8).isfinite().all()
+
+
+def test_a_runtime_that_refuses_its_first_call_is_an_answer(fresh: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    fresh.hip.fail["hipRuntimeGetVersion"] = 100
+    refusal = requirements.missing()
+    assert refusal is not None
+    assert refusal.code == "AWQ-ROCM-017"
+    assert "hipErrorNoDevice, the fake was told to fail" in refusal.reason
 
 
 def test_no_rows_launch_nothing(fresh: Machine) -> None:

@@ -21,6 +21,7 @@ from awq_rt.testing import excess, hurtful_weight
 CDNA, RDNA = ("gfx90a", "gfx942", "gfx950"), ("gfx1030", "gfx1100", "gfx1201")
 GEMV = Variant("gemv", rows=2, waves=2, depth=2)
 GEMM = {64: Variant("gemm", rows=16, waves=2, strips=2), 32: Variant("gemm", rows=16, waves=2, strips=1)}
+FEW = Variant("gemm", rows=4, waves=2, strips=2)
 
 
 def mutated(source: Source, mutation: tuple[str, str]) -> Source:
@@ -34,7 +35,7 @@ def error(clang: Clang, arch: str, variant: Variant, dtype: torch.dtype, mutatio
     """The largest error over its bound, for a shape that nothing divides. Raises what the simulator raises."""
     k, n, group_size, m = 840, 40, 8, 5
     if variant.entry == "gemm":
-        k, group_size = 320, 64
+        k, group_size = 832, 64  # six and a half tiles: one wave takes four, the other three
     weight = hurtful_weight("random", k, n, group_size, scale_dtype=dtype, bias=True)
     assert weight.bias is not None
     half = dtype == torch.float16
@@ -72,6 +73,8 @@ def test_the_kernels_as_they_are_pass(clang: Clang, arch: str, dtype: torch.dtyp
     assert error(clang, arch, GEMV, dtype, None) <= 1
     if TARGETS[arch].matrix:
         assert error(clang, arch, GEMM[TARGETS[arch].wave_size], dtype, None) <= 1
+    if arch in CDNA:
+        assert error(clang, arch, FEW, dtype, None) <= 1
 
 
 GEMV_FAULTS = {
@@ -81,13 +84,14 @@ GEMV_FAULTS = {
     "a zero point is off by one": ("(bytes, 0xE400u", "(bytes + 0x10000u, 0xE400u"),
     "a column beyond the last is stored": ("row < m && column < n", "row < m"),
     "a row beyond the last is stored": ("row < m && column < n", "column < n"),
-    "x is read beyond its row": ("&& tile * kTileDepth + depth < k)", ")"),
+    "x is read beyond its row": ("wanted_bytes : last_bytes", "wanted_bytes : wanted_bytes"),
+    "a row of x beyond the last is read": ("(wanted < there ? wanted", "(wanted < there + 16 ? wanted"),
     "every group is the first": ("depth / kGroup) * kStrip;", "0) * kStrip;"),
     "a group that ends between the quarters is overlooked": ("kGroup % 32 == 0 ? column :", "true ? column :"),
     "quarters take each other's x": ("word * 32 + quarter * 8", "word * 32 + (3 - quarter) * 8"),
     "the last exchange between lanes is left out": ("mask < kWave; mask *= 2", "mask < kWave / 2; mask *= 2"),
     "a tile is taken twice": ("tile + kDepth * kWaves;", "tile + kWaves;"),
-    "x is staged one tile late": ("stage(staged[wave], under[i], lane);", "stage(staged[wave], under[0], lane);"),
+    "x is staged one tile late": ("stage(staged[wave], tile, lane);", "stage(staged[wave], under[0], lane);"),
     "the bias is forgotten": ("(bias ? bias[column] : 0.0f)", "0.0f"),
 }
 
@@ -97,6 +101,12 @@ def test_faults_of_the_vector_kernel_are_noticed(clang: Clang, fault: str) -> No
     number = list(GEMV_FAULTS).index(fault)
     for arch in (CDNA[number % 3], RDNA[number % 3]):
         assert is_noticed(clang, arch, GEMV, torch.float16, GEMV_FAULTS[fault]), arch
+
+
+@pytest.mark.parametrize("arch", ["gfx950", "gfx1201"])
+def test_a_fault_of_the_loop_in_which_every_tile_has_a_next_is_noticed(clang: Clang, arch: str) -> None:
+    fault = ("first + (i + kDepth) * kWaves, true", "first + i * kWaves, true")
+    assert is_noticed(clang, arch, replace(GEMV, rows=1), torch.float16, fault)
 
 
 @pytest.mark.parametrize("arch", CDNA)
@@ -130,10 +140,12 @@ LAYOUT_FAULTS = {
 GEMM_FAULTS = {
     "a barrier is missing": ("    block_barrier();\n    for", "    for"),
     "a column beyond the last is stored": ("row < m && column < n", "row < m"),
-    "a row beyond the last is read": ("wanted < last ? wanted : last;", "wanted < last ? wanted : wanted;"),
+    "a row beyond the last is read": ("wanted < last ? wanted", "wanted < last + 16 ? wanted"),
     "a row's end is not minded": ("wanted_bytes : last_bytes", "wanted_bytes : wanted_bytes"),
     "a strip beyond the last is read": ("first_strip + s < strips ? first_strip + s : strips - 1", "first_strip + s"),
-    "the second tile is the first again": ("accumulate(sums, odd, second);", "accumulate(sums, even, second);"),
+    "the second tile is the first again": ("accumulate(sums, odd, tile + kWaves);", "accumulate(sums, even, tile);"),
+    "the third tile is the second again": ("read(even, tile + 2 * kWaves);", "read(even, tile + kWaves);"),
+    "a wave's last tile is left out": ("if (tile < tiles) block.accumulate", "if (false) block.accumulate"),
     "the scale is the first group's": ("scale_of(constants), offset", "scale_of(under.chunks[s][0].groups[0]), offset"),
 }
 
@@ -150,6 +162,22 @@ def test_faults_of_the_matrix_kernel_are_noticed(clang: Clang, fault: str) -> No
     for arch in ("gfx942", "gfx1201"):
         variant = replace(GEMM[TARGETS[arch].wave_size], strips=2)
         assert is_noticed(clang, arch, variant, torch.float16, GEMM_FAULTS[fault]), arch
+
+
+FEW_FAULTS = {
+    "the unit's rows are others than the results'": ("lane % 16 * kFewRows / 16", "lane % 16 % kFewRows"),
+    "the results' rows are others than the unit's": ("kFew ? lane / 16 :", "kFew ? 3 - lane / 16 :"),
+    "every word takes the x of the first": ("= under.x[word][c];", "= under.x[0][c];"),
+    "a row's end is not minded": ("wanted_bytes : last_bytes", "wanted_bytes : wanted_bytes"),
+    "a row beyond the last is read": ("wanted < last ? wanted", "wanted < last + 16 ? wanted"),
+}
+
+
+@pytest.mark.parametrize("fault", FEW_FAULTS)
+def test_faults_of_the_matrix_kernel_for_the_fewest_rows_are_noticed(clang: Clang, fault: str) -> None:
+    arch = CDNA[list(FEW_FAULTS).index(fault) % 3]
+    for dtype in (torch.float16, torch.bfloat16):
+        assert is_noticed(clang, arch, FEW, dtype, FEW_FAULTS[fault]), arch
 
 
 @pytest.mark.parametrize("arch", LAYOUT_FAULTS)

@@ -29,7 +29,6 @@ from awq_rt.kernels.operators import Operators
 from awq_rt.ops import AttentionSpec
 from awq_rt.rtc import Program
 
-OPS = backend.ops
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -61,7 +60,7 @@ def call(target: Machine, name: str, *arguments: object, ops: Operators | None =
         fields = ("cos", "sin", "q_norm", "k_norm", "slopes")
         tensors += [t for field in fields if isinstance(t := getattr(given, field, None), Tensor)]
     with fake_hip.watched(target.hip, *tensors):
-        result = (OPS if ops is None else ops.by_name)[name](*arguments)
+        result = (backend.ops if ops is None else ops.by_name)[name](*arguments)
     assert isinstance(result, Tensor), name
     return result
 

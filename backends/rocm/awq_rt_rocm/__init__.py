@@ -3,8 +3,8 @@
 Compiled and simulated, not run on hardware.
 
 pack     AwqWeight -> tiles (packing.py, tiled.py), or rows where a shape fits no tile (awq_rt/packing/rows.py)
-linear   few rows: kernels/gemv.hip; some: kernels/gemm.hip; many: kernels/dequantize.hip and torch's BLAS
-         (selection.py says which)
+linear   few rows: kernels/gemv.hip, on CDNA kernels/gemm.hip; some: kernels/gemm.hip; many: kernels/dequantize.hip and
+         torch's BLAS (selection.py says which)
 exllama  a family with a layout and kernels of its own, for who asks for it (exllama.py)
 ops      the fused operators of a decoder, whose kernels all vendors share (awq_rt/kernels, launcher.py)
 """

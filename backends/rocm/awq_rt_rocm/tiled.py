@@ -92,8 +92,7 @@ class TiledLinear:
 
     def variants(self) -> list[Variant]:
         """Every variant that `linear` may use."""
-        steps = selection.GEMV_STEPS + selection.GEMM_STEPS
-        return list(dict.fromkeys(self._variant(m) for m in steps))
+        return selection.variants(self.tiling.tiles, self.layout.kernel, self.unit)
 
     def programs(self) -> list[Program]:
         """Every program that `linear` may need."""
@@ -160,13 +159,10 @@ class TiledLinear:
             return torch.addmm(bias.to(x.dtype), x, w.T)
         return ((x @ w.T).float() + bias).to(x.dtype)
 
-    def _variant(self, m: int) -> Variant:
-        rows = selection.step(m, self.layout.kernel, self.unit)
-        return selection.variant(rows, self.tiling.tiles, self.unit)
-
     def _launch(self, m: int) -> Launch:
         """What a product of `m` rows needs beside its tensors; kept, because finding it costs as much as a launch."""
-        layout, variant = self.layout, self._variant(m)
+        layout = self.layout
+        variant = selection.variant(m, self.tiling.tiles, layout.kernel, self.unit)
         shape = variant.shape(m, layout.out_features, self.architecture.wave_size)
         sizes = (m, layout.out_features, layout.in_features, self.tiling.tiles, self.tiling.groups)
         launch = Launch(load(variant, self.kind, self.architecture.name, self.device_index), shape, sizes)

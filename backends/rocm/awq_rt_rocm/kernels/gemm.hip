@@ -1,4 +1,4 @@
-// y = x W + bias for 16 rows and more, on the matrix unit, whichever it is (matrix.h).
+// y = x W + bias on the matrix unit, whichever it is (matrix.h): for 16 rows and more, and on CDNA for the fewest too.
 //
 // A wave takes ROWS rows of x and STRIPS strips of W, and of their tiles every WAVES-th; the waves' sums meet in shared
 // memory. Codes go from device memory to registers and straight into the unit as small integers, exact in either
@@ -8,22 +8,41 @@
 // There is no packed arithmetic on bfloat16 that would take the zero point off. A code becomes 16 + c there, and what is
 // too much, 16 + z times the sum of x over the group, is taken off the group's sums; the unit adds x up too.
 //
-// ROWS    rows of x a block takes, a multiple of 16
+// The unit takes 16 rows at a time. kFewRows of x are spread over them so that they come out as result 0 of all lanes: the
+// others, which repeat them, are neither scaled nor added up.
+//
+// ROWS    rows of x a block takes, kFewRows or a multiple of 16
 // STRIPS  strips of 16 columns a block takes: so often is a load of x used
 // WAVES   waves of a block
 #include "matrix.h"
 
 constexpr u32 kRows = ROWS, kStrips = STRIPS, kWaves = WAVES;
-constexpr u32 kThreads = kWaves * kWave, kRowTiles = kRows / 16, kColumns = kStrips * kStrip;
+constexpr u32 kThreads = kWaves * kWave, kColumns = kStrips * kStrip;
+constexpr bool kFew = kRows == kFewRows;
+static_assert(kFew || kRows % 16 == 0, "rows must fill the unit, or be so few that result 0 holds them");
+constexpr u32 kRowTiles = kFew ? 1 : kRows / 16;
+constexpr u32 kLive = kFew ? 1 : kResults;  // results of a lane that are rows of x
 
 struct Under {  // what of one tile is under way
     Chunk chunks[kStrips][kUnitChunks];
+    words4 x[kFew ? 4 : 1][kUnitChunks];  // by word; for more rows there are no registers: x is loaded where it is used
 };
 
 struct Block {
     Weight weight;
     const u16* x;  // [m, k]
-    u32 m, k, strips, first_strip, first_row, lane;
+    u32 k, strips, first_strip, first_row, lane;
+    u32 row_bytes[kRowTiles];  // where the row of x begins that the lane brings as the unit's row lane % 16
+
+    // A row beyond the last is the last once more; it is not stored.
+    __device__ __forceinline__ void find_rows(u32 m) {
+#pragma unroll
+        for (u32 r = 0; r < kRowTiles; r++) {
+            const u32 last = m - first_row - 1, wanted = kFew ? lane % 16 * kFewRows / 16 : r * 16 + lane % 16;
+            row_bytes[r] = (wanted < last ? wanted : last) * k * 2;
+            keep_in_place(row_bytes[r]);  // not computed anew wherever x is read
+        }
+    }
 
     __device__ __forceinline__ void read(Under& under, u32 tile) const {
 #pragma unroll
@@ -33,23 +52,25 @@ struct Block {
             for (u32 c = 0; c < kUnitChunks; c++)
                 under.chunks[s][c].read(weight, strip, tile, quarter_of(c, lane), lane % 16);
         }
+        if (kFew) {
+#pragma unroll
+            for (int word = 0; word < 4; word++) read_x(under.x[word], 0, tile, word);
+        }
     }
 
-    // Eights of row lane % 16 of a tile of rows. A row beyond the last is the last once more; it is not stored.
     __device__ __forceinline__ void read_x(words4 (&x8)[kUnitChunks], u32 row_tile, u32 tile, int word) const {
-        const u32 last = m - first_row - 1, wanted = row_tile * 16 + lane % 16, row = wanted < last ? wanted : last;
-        const u16* first = x + (u64)first_row * k;
+        const u16* first = x + (u64)first_row * k + tile * kTileDepth;
 #pragma unroll
         for (u32 c = 0; c < kUnitChunks; c++) {
             // Beyond the end of a row its last eight are read again: the weights there are exactly zero, so that only a
             // row which holds an infinity or a NaN, and is lost anyway, can tell.
-            const u32 wanted_bytes = (row * k + quarter_of(c, lane) * 8) * 2 + (tile * kTileDepth + word * 32) * 2;
-            const u32 last_bytes = (row * k + k - 8) * 2;
+            const u32 wanted_bytes = row_bytes[row_tile] + (quarter_of(c, lane) * 8 + word * 32) * 2;
+            const u32 last_bytes = row_bytes[row_tile] + (k - 8 - tile * kTileDepth) * 2;
             x8[c] = load<words4>(first, wanted_bytes < last_bytes ? wanted_bytes : last_bytes);
         }
     }
 
-    __device__ __forceinline__ void accumulate(Results (&y)[kRowTiles][kStrips], const Under& under, u32 tile) const {
+    __device__ __forceinline__ void accumulate(float (&y)[kRowTiles][kStrips][kLive], const Under& under, u32 tile) const {
 #pragma unroll
         for (int group = 0; group < kGroupsInTile; group++) {
             Results sums[kRowTiles][kStrips] = {}, row_sums[kRowTiles] = {};
@@ -57,7 +78,12 @@ struct Block {
             for (int word = group * kGroupWords; word < (group + 1) * kGroupWords; word++) {
                 words4 x8[kRowTiles][kUnitChunks];
 #pragma unroll
-                for (u32 r = 0; r < kRowTiles; r++) read_x(x8[r], r, tile, word);
+                for (u32 r = 0; r < kRowTiles; r++) {
+                    if (!kFew) read_x(x8[r], r, tile, word);
+#pragma unroll
+                    for (u32 c = 0; c < kUnitChunks; c++)
+                        if (kFew) x8[r][c] = under.x[word][c];
+                }
 #pragma unroll
                 for (u32 s = 0; s < kStrips; s++) {
                     words4 w[kUnitChunks];
@@ -82,13 +108,12 @@ struct Block {
 #pragma unroll
                 for (u32 r = 0; r < kRowTiles; r++)
 #pragma unroll
-                    for (u32 j = 0; j < kResults; j++) {
+                    for (u32 j = 0; j < kLive; j++) {
                         float sum = sums[r][s][j];
                         if (kOffset) sum = __builtin_fmaf(-offset, row_sums[r][j], sum);
                         y[r][s][j] = __builtin_fmaf(scale, sum, y[r][s][j]);
+                        keep_in_place(y[r][s][j]);
                     }
-#pragma unroll
-                for (u32 r = 0; r < kRowTiles; r++) keep_in_place(y[r][s]);
             }
         }
     }
@@ -104,28 +129,36 @@ extern "C" __global__ void __launch_bounds__(kThreads) gemm(
     __shared__ float parts[kWaves][kRows][kColumns];
     const u32 lane = lane_index(), wave = wave_index();
     const u32 strips = (n + kStrip - 1) / kStrip;
-    const Block block = {
-        {codes, constants, tiles, groups}, x, m, k, strips, block_y() * kStrips, block_x() * kRows, lane};
+    Block block = {{codes, constants, tiles, groups}, x, k, strips, block_y() * kStrips, block_x() * kRows, lane, {}};
+    block.find_rows(m);
 
-    // Two tiles by turns: one is multiplied while the other is on its way.
+    // Two tiles by turns: one is multiplied while the other is on its way. Inside the loop both are there: a load that may not
+    // have been made would have the compiler wait for the newer ones with it.
     Under even, odd;
-    Results sums[kRowTiles][kStrips] = {};
+    float sums[kRowTiles][kStrips][kLive] = {};
     if (wave < tiles) block.read(even, wave);
-    for (u32 tile = wave; tile < tiles; tile += 2 * kWaves) {
-        const u32 second = tile + kWaves, third = second + kWaves;
-        if (second < tiles) block.read(odd, second);
+    u32 tile = wave;
+    for (; tile + 2 * kWaves < tiles; tile += 2 * kWaves) {
+        block.read(odd, tile + kWaves);
+        keep_order();
         block.accumulate(sums, even, tile);
-        if (third < tiles) block.read(even, third);
-        if (second < tiles) block.accumulate(sums, odd, second);
+        keep_order();
+        block.read(even, tile + 2 * kWaves);
+        keep_order();
+        block.accumulate(sums, odd, tile + kWaves);
+        keep_order();
     }
+    if (tile + kWaves < tiles) block.read(odd, tile + kWaves);
+    if (tile < tiles) block.accumulate(sums, even, tile);
+    if (tile + kWaves < tiles) block.accumulate(sums, odd, tile + kWaves);
 
 #pragma unroll
     for (u32 r = 0; r < kRowTiles; r++)
 #pragma unroll
         for (u32 s = 0; s < kStrips; s++)
 #pragma unroll
-            for (u32 j = 0; j < kResults; j++)
-                parts[wave][r * 16 + result_row(j, lane)][s * kStrip + lane % 16] = sums[r][s][j];
+            for (u32 j = 0; j < kLive; j++)
+                parts[wave][kFew ? lane / 16 : r * 16 + result_row(j, lane)][s * kStrip + lane % 16] = sums[r][s][j];
     block_barrier();
     for (u32 i = thread_index(); i < kRows * kColumns; i += kThreads) {
         const u32 row = block_x() * kRows + i / kColumns, column = block_y() * kColumns + i % kColumns;

@@ -30,7 +30,18 @@ struct Under {  // what of one tile is under way
 struct Block {
     Weight weight;
     const u16* x;  // [m, k]
-    u32 m, k, strip, first_row, lane;
+    u32 k, strip, first_row, lane;
+    u32 row_bytes[kStageSteps];  // where the row of x begins whose eights the lane stages
+
+    // A row beyond the last is the last once more; it is not stored.
+    __device__ __forceinline__ void find_rows(u32 m) {
+#pragma unroll
+        for (u32 i = 0; i < kStageSteps; i++) {
+            const u32 wanted = i * kRowsAtOnce + lane / 16, there = m - first_row < kRows ? m - first_row : kRows;
+            row_bytes[i] = (wanted < there ? wanted : there - 1) * k * 2;
+            keep_in_place(row_bytes[i]);  // not computed anew wherever x is read
+        }
+    }
 
     __device__ __forceinline__ void read(Under& under, u32 tile) const {
 #pragma unroll
@@ -38,11 +49,11 @@ struct Block {
             under.chunks[i].read(weight, strip, tile, lane / 16 + i * (kWave / 16), lane % 16);
 #pragma unroll
         for (u32 i = 0; i < kStageSteps; i++) {
-            const u32 row = i * kRowsAtOnce + lane / 16, depth = lane % 16 * 8;
+            // Beyond the end of a row its last eight are read again: the weights there are exactly zero, so that only a
+            // row which holds an infinity or a NaN, and is lost anyway, can tell.
+            const u32 wanted_bytes = row_bytes[i] + lane % 16 * 16, last_bytes = row_bytes[i] + (k - 8 - tile * kTileDepth) * 2;
             const u16* first = x + (u64)first_row * k + tile * kTileDepth;
-            under.x[i] = words4{0, 0, 0, 0};
-            if (row < kRows && first_row + row < m && tile * kTileDepth + depth < k)
-                under.x[i] = load<words4>(first, (row * k + depth) * 2);
+            under.x[i] = load<words4>(first, wanted_bytes < last_bytes ? wanted_bytes : last_bytes);
         }
     }
 };
@@ -50,8 +61,8 @@ struct Block {
 __device__ __forceinline__ void stage(Staged (&to)[kRows][kTileDepth], const Under& under, u32 lane) {
 #pragma unroll
     for (u32 i = 0; i < kStageSteps; i++) {
-        const u32 row = i * kRowsAtOnce + lane / 16;
-        if (row >= kRows) continue;
+        // Lanes beyond the last row hold that row once more, and put it where it lies already.
+        const u32 wanted = i * kRowsAtOnce + lane / 16, row = wanted < kRows ? wanted : kRows - 1;
 #if ACTIVATION_HALF
         *reinterpret_cast<words4*>(&to[row][lane % 16 * 8]) = under.x[i];
 #else
@@ -97,7 +108,7 @@ __device__ __forceinline__ void accumulate(
             for (int word = group * kGroupWords; word < (group + 1) * kGroupWords; word++) {
                 f16x2 w[4];
                 dequantize(w, chunk.words[word], zero);
-                if (kRows > 1) keep_order();
+                if (kRows > 1 || !ACTIVATION_HALF) keep_order();
 #pragma unroll
                 for (u32 row = 0; row < kRows; row++)
                     sums[row] = multiply(w, &x[row][word * 32 + quarter * 8], sums[row]);
@@ -118,30 +129,47 @@ extern "C" __global__ void __launch_bounds__(kThreads) gemv(
     __shared__ __attribute__((aligned(16))) Staged staged[kWaves][kRows][kTileDepth];
     __shared__ float parts[kWaves][kRows][kStrip];
     const u32 lane = lane_index(), wave = wave_index();
-    const Block block = {{codes, constants, tiles, groups}, x, m, k, block_y(), block_x() * kRows, lane};
+    Block block = {{codes, constants, tiles, groups}, x, k, block_y(), block_x() * kRows, lane, {}};
+    block.find_rows(m);
 
     Under under[kDepth];
 #pragma unroll
-    for (u32 i = 0; i < kDepth; i++)
-        if (wave + i * kWaves < tiles) block.read(under[i], wave + i * kWaves);
+    for (u32 i = 0; i < kDepth; i++) {
+        const u32 tile = wave + i * kWaves;
+        block.read(under[i], tile < tiles ? tile : tiles - 1);  // of one too many nothing is made
+        keep_order();
+    }
 
     float sums[kRows] = {};
-    for (u32 first = wave; first < tiles; first += kDepth * kWaves) {
+    auto take = [&](Under& tile, u32 next, bool is_next) {
+        wave_fence();  // the tile before has been read from shared memory
+        stage(staged[wave], tile, lane);
+        wave_fence();
+        if (kRows == 1) {
+            accumulate(sums, tile, staged[wave], lane);
+            keep_order();
+            if (is_next) block.read(tile, next);
+        } else {  // reads of all rows from shared memory would be made before the branch, and spill
+            const Under current = tile;
+            if (is_next) block.read(tile, next);
+            accumulate(sums, current, staged[wave], lane);
+        }
+        keep_order();
+    };
+    // As long as every tile has one that follows it: a load that may not have been made would have the compiler wait for the
+    // newer ones with it. Several rows in waves of 64 would not find registers without the branch.
+    u32 first = wave;
+    for (; (kRows == 1 || kWave == 32) && first + (2 * kDepth - 1) * kWaves < tiles; first += kDepth * kWaves) {
+#pragma unroll
+        for (u32 i = 0; i < kDepth; i++)
+            take(under[i], first + (i + kDepth) * kWaves, true);
+    }
+    for (; first < tiles; first += kDepth * kWaves) {
 #pragma unroll
         for (u32 i = 0; i < kDepth; i++) {
             const u32 tile = first + i * kWaves, next = tile + kDepth * kWaves;
             if (tile >= tiles) break;
-            wave_fence();  // the tile before has been read from shared memory
-            stage(staged[wave], under[i], lane);
-            wave_fence();
-            if (kRows == 1) {
-                accumulate(sums, under[i], staged[wave], lane);
-                if (next < tiles) block.read(under[i], next);
-            } else {  // reads of all rows from shared memory would be made before the branch, and spill
-                const Under current = under[i];
-                if (next < tiles) block.read(under[i], next);
-                accumulate(sums, current, staged[wave], lane);
-            }
+            take(under[i], next, next < tiles);
         }
     }
 

@@ -12,17 +12,17 @@
 #include "tile.h"
 
 #if MATRIX == MATRIX_MFMA_16 || MATRIX == MATRIX_MFMA_32
-constexpr u32 kUnitChunks = 1;
+constexpr u32 kUnitChunks = 1, kFewRows = 4;  // the unit's rows 0, 4, 8 and 12
 using Results = floats4;
 __device__ __forceinline__ u32 quarter_of(u32, u32 lane) { return lane / 16; }
 __device__ __forceinline__ u32 result_row(u32 j, u32 lane) { return 4 * (lane / 16) + j; }
 #elif MATRIX == MATRIX_WMMA_REPEATED
-constexpr u32 kUnitChunks = 4;
+constexpr u32 kUnitChunks = 4, kFewRows = 0;
 using Results = floats8;
 __device__ __forceinline__ u32 quarter_of(u32 chunk, u32) { return chunk; }
 __device__ __forceinline__ u32 result_row(u32 j, u32 lane) { return 2 * j + lane / 16; }
 #elif MATRIX == MATRIX_WMMA_SPLIT
-constexpr u32 kUnitChunks = 2;
+constexpr u32 kUnitChunks = 2, kFewRows = 0;
 using Results = floats8;
 __device__ __forceinline__ u32 quarter_of(u32 chunk, u32 lane) { return 2 * chunk + lane / 16; }
 __device__ __forceinline__ u32 result_row(u32 j, u32 lane) { return 8 * (lane / 16) + j; }

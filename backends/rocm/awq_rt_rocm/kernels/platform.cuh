@@ -6,7 +6,9 @@
 
 #include "bfloat.h"
 
+#ifndef __align__
 #define __align__(bytes) __attribute__((aligned(bytes)))
+#endif
 #define VECTOR(bytes) struct __attribute__((aligned(bytes), may_alias))
 
 VECTOR(8) Uint2 { u32 x, y; };
@@ -65,18 +67,20 @@ __device__ __forceinline__ u32 bfloat2_of_floats(float low, float high) {
 
 __device__ __forceinline__ u32 sub_half2(u32 a, u32 b) { return bits_as<u32>(bits_as<f16x2>(a) - bits_as<f16x2>(b)); }
 
+// One instruction: in HIP a product and a sum are contracted.
 __device__ __forceinline__ u32 fma_half2(u32 a, u32 b, u32 c) {
-    return bits_as<u32>(__builtin_elementwise_fma(bits_as<f16x2>(a), bits_as<f16x2>(b), bits_as<f16x2>(c)));
+    return bits_as<u32>(bits_as<f16x2>(a) * bits_as<f16x2>(b) + bits_as<f16x2>(c));
 }
 
-// There is no such instruction: the product is exact in float32, and the sum is rounded twice. Where the result is a number of
-// 16 bits, as it is for integers, neither rounding does anything.
+// There is no such instruction: product and sum are float32's. For results that are numbers of 16 bits, as they are for small
+// integers: what is cut off is zero.
 __device__ __forceinline__ u32 fma_bfloat2(u32 a, u32 b, u32 c) {
     float low[3], high[3];
     floats_of_bfloat2(low[0], high[0], a);
     floats_of_bfloat2(low[1], high[1], b);
     floats_of_bfloat2(low[2], high[2], c);
-    return bfloat2_of_floats(low[0] * low[1] + low[2], high[0] * high[1] + high[2]);
+    const u32 lower = bits_as<u32>(low[0] * low[1] + low[2]), upper = bits_as<u32>(high[0] * high[1] + high[2]);
+    return permuted_bytes(upper, lower, 0x07060302u);
 }
 
 // ---- memory
@@ -100,7 +104,13 @@ __device__ __forceinline__ void store_first_4(u32, const float4&) {}
 __device__ __forceinline__ float reciprocal_of(float x) { return __builtin_amdgcn_rcpf(x); }
 
 // 2^x; a result below the smallest normal number is 0.
-__device__ __forceinline__ float exp2_of(float x) { return __builtin_amdgcn_exp2f(x); }
+__device__ __forceinline__ float exp2_of(float x) {
+#if __has_builtin(__builtin_amdgcn_exp2f)
+    return __builtin_amdgcn_exp2f(x);
+#else  // before LLVM 18 that is one instruction too
+    return __builtin_exp2f(x);
+#endif
+}
 
 // The value of the lane whose number differs in the bits of `mask`, a power of two.
 __device__ __forceinline__ float of_other_lane(float value, int mask) {
