@@ -490,7 +490,7 @@ _FAMILIES: Mapping[str, tuple[Code, ...]] = {
             "AWQ-PACKAGE-002",
             "A required package is missing",
             "awq-rt was installed without its dependencies, or one was removed.",
-            "Install it.",
+            "Install it. Where `awq-rt` itself does not start, `python -m awq_rt.doctor` says what is missing.",
             "pip install awq-rt",
         ),
         Code(
@@ -499,6 +499,14 @@ _FAMILIES: Mapping[str, tuple[Code, ...]] = {
             "It runs from a source tree: versions are unchecked, and plugins may not be found.",
             "Install the tree.",
             "pip install --editable .",
+        ),
+        Code(
+            "AWQ-PACKAGE-004",
+            "Two versions of a package are installed",
+            "Python imports the one that it finds first. An update may have left the older one behind, or a folder in "
+            "PYTHONPATH or of the user stands before the environment's.",
+            "Uninstall it until none is left, then install one. What lies in a folder of PYTHONPATH, take out there.",
+            "pip uninstall --yes NAME && pip install NAME",
         ),
         Code(
             "AWQ-TORCH-001",

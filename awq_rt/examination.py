@@ -56,40 +56,74 @@ class Outcome:
 
 
 def ask(module: str, *arguments: str, limit_s: float) -> Outcome:
-    """Run `main()` of `module` in a fresh interpreter that looks for modules exactly where this one does.
+    """What a `Worker` for `module` answers. It is ended when `limit_s` pass without an answer."""
+    return Worker(module, *arguments).outcome(limit_s)
 
-    The module answers by calling `answer`, as often as it likes; what else it prints does not matter. It is ended when
-    `limit_s` pass without an answer.
+
+class Worker:
+    """`main()` of a module, in a fresh interpreter that looks for modules exactly where this one does.
+
+    It runs from now on. The module answers by calling `answer`, as often as it likes; what else it prints does not
+    matter. What its standard input holds is what it is told.
     """
-    code = f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); from {module} import main; main()"
-    command = [sys.executable, "-c", code, os.pathsep.join(map(str, sys.path)), *arguments]
-    with tempfile.TemporaryFile() as complaints:
+
+    def __init__(self, module: str, *arguments: str):
+        code = (  # at its end the process just goes: torch would take half a second to tear down what the system frees
+            f"import os, sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); from {module} import main; main(); "
+            "sys.stdout.flush(); sys.stderr.flush(); os._exit(0)"
+        )
+        command = [sys.executable, "-c", code, os.pathsep.join(map(str, sys.path)), *arguments]
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the worker)
+        self._started: subprocess.Popen[bytes] | OSError
         try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,  # what is piped into the user's program is not the worker's
-                stdout=subprocess.PIPE,
-                stderr=complaints,
+            self._started = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints
             )
         except OSError as error:
-            return Outcome((), f"could not be started ({error})", "")
+            self._started = error
+
+    def outcome(self, limit_s: float, told: str = "") -> Outcome:
+        """What it answers and how it ends, once it was `told` so much. It is ended when it is silent for `limit_s`."""
+        process = self._started
+        if isinstance(process, OSError):
+            self._complaints.close()
+            return Outcome((), f"could not be started ({process})", "")
         answers: list[Any] = []
-        try:
-            in_time = _listen(process, answers, limit_s)
-        finally:
-            process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold a dead process for good
-                process.wait(KILL_LIMIT_S)
-        complaints.seek(0)
-        complaint = _last_line(complaints.read())
-    if not in_time:
-        return Outcome(tuple(answers), f"did not end in {limit_s:g} s", complaint, True)
-    return Outcome(tuple(answers), _ending(process.returncode), complaint)
+        with self._complaints:
+            try:
+                in_time = _listen(process, told, answers, limit_s)
+            finally:
+                _kill(process)
+            self._complaints.seek(0)
+            complaint = _last_line(self._complaints.read())
+        if not in_time:
+            return Outcome(tuple(answers), f"did not end in {limit_s:g} s", complaint, True)
+        return Outcome(tuple(answers), _ending(process.returncode), complaint)
+
+    def end(self) -> None:
+        """End it without having heard it."""
+        self._complaints.close()
+        if not isinstance(self._started, OSError):
+            _kill(self._started)
+            for pipe in (self._started.stdin, self._started.stdout):
+                assert pipe is not None
+                pipe.close()
 
 
-def _listen(process: subprocess.Popen[bytes], answers: list[Any], limit_s: float) -> bool:
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold a dead process for good
+        process.wait(KILL_LIMIT_S)
+
+
+def _listen(process: subprocess.Popen[bytes], told: str, answers: list[Any], limit_s: float) -> bool:
     """Collect what `process` answers until it has ended. False when it was silent for too long."""
     heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def tell() -> None:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin as ear:  # it may have ended by now
+            ear.write(told.encode())
 
     def read() -> None:
         assert process.stdout is not None
@@ -100,7 +134,8 @@ def _listen(process: subprocess.Popen[bytes], answers: list[Any], limit_s: float
                     heard.put(json.loads(text.removeprefix(MARK)))
         heard.put(_END)
 
-    threading.Thread(target=read, daemon=True).start()
+    for pipe in (tell, read):  # neither holds up the clock
+        threading.Thread(target=pipe, daemon=True).start()
     try:
         while (said := heard.get(timeout=limit_s)) is not _END:
             answers.append(said)

@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -164,8 +165,8 @@ def torch_refusal(device_type: str) -> Refusal | None:
     """None when this build of torch, on this machine, can use devices of the type."""
     if device_type == "cpu":
         return None
-    module = getattr(torch, device_type, None)
-    if module is None or not hasattr(module, "is_available"):
+    module: Any = getattr(torch, device_type, None)
+    if not hasattr(module, "is_available"):
         return Refusal("AWQ-DEVICE-001", f"torch has no device type {device_type!r}", "choose 'cpu' or 'cuda'")
     if not module.is_available():
         return Refusal(
@@ -251,8 +252,8 @@ def _shipped_distributions() -> frozenset[str]:
         required = importlib.metadata.requires("awq-rt") or []
     except importlib.metadata.PackageNotFoundError:  # a source tree that nobody installed
         return frozenset()
-    names = (re.match(r"[\w.-]+", line) for line in required if "extra ==" not in line)
-    return frozenset(_canonical(name.group()) for name in names if name)
+    names = (re.findall(r"^[\w.-]+", line) for line in required if "extra ==" not in line)
+    return frozenset(map(_canonical, itertools.chain(*names)))
 
 
 def _distribution(entry: importlib.metadata.EntryPoint) -> str:

@@ -25,7 +25,7 @@ def wanted() -> bool:
 
 
 def attach(model: nn.Module) -> None:
-    """Watch every module of `model`, whose calls then raise `NonFiniteOutput` instead of going on with NaN."""
+    """Watch every module of `model`, whose calls then end in `NonFiniteOutput` instead of going on with NaN."""
     for path, module in model.named_modules():
         module.register_forward_hook(_Watch(path or type(model).__name__), with_kwargs=True)
 

@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
 import pytest
-from plugins.folders import write_plugin
+from plugins.folders import write_metadata, write_plugin
 
 from awq_rt import devices, doctor
 from awq_rt.devices import Device, Probe, Refusal
@@ -102,6 +103,7 @@ def diagnosed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
         nvidia: Probe = NO_NVIDIA,
         amd: Probe = NO_AMD,
         packages: tuple[Package, ...] = PACKAGES,
+        twice: dict[str, tuple[str, ...]] | None = None,
         ending: str = "",
         complaint: str = "",
         cache: CacheState = GOOD_CACHE,
@@ -112,13 +114,18 @@ def diagnosed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
         answers = [*steps]
         if plugins is not None:
             answers += [{"step": "plugins", "plugins": list(plugins)}, offers(*plugins)]
-        monkeypatch.setattr(facts, "ask", lambda *_, **__: Outcome(tuple(answers), ending, complaint))
+        of_transformers = tuple(step for step in answers if step["step"] == "transformers")
+        others = tuple(step for step in answers if step["step"] != "transformers")
+        importer = SimpleNamespace(outcome=lambda limit_s: Outcome(of_transformers, ending, complaint))
+        monkeypatch.setattr(facts, "Worker", lambda module, *arguments: importer)
+        monkeypatch.setattr(facts, "ask", lambda *_, **__: Outcome(others, ending, complaint))
         monkeypatch.setattr(devices, "cpu", lambda: Probe((HOST,)))
         monkeypatch.setattr(devices, "nvidia", lambda: nvidia)
         monkeypatch.setattr(devices, "amd", lambda: amd)
         monkeypatch.setattr(facts, "required_packages", lambda imported: packages)
+        monkeypatch.setattr(facts, "installed_twice", lambda names: twice or {})
         monkeypatch.setattr(facts, "cache_state", lambda folder: cache)
-        monkeypatch.setattr(facts, "run_kernels", lambda jobs, limit_s: kernels)
+        monkeypatch.setattr(facts, "run_kernels", lambda jobs, limit_s, runner: kernels)
         monkeypatch.setattr(facts, "_model", lambda request: model)
         asked = Request(run=bool(kernels), model=None if model == (None, None) else "some/model")
         report = doctor.diagnose(asked, strict=strict)
@@ -430,6 +437,26 @@ def test_a_package_outside_the_supported_versions_is_found(
     assert finding.command == f"pip install '{package.name}{package.supported}'"
 
 
+def test_two_versions_of_a_plugin_are_named_with_their_folders(diagnosed: Callable[..., Report]) -> None:
+    report = diagnosed(TORCH, TRANSFORMERS, twice={"awq-rt-cuda": ("0.2.0 in /a", "0.1.0 in /b")})
+    assert (report.verdict, only(report).code) == (Verdict.DEGRADED, "AWQ-PACKAGE-004")
+    assert "awq-rt-cuda is installed in several versions: 0.2.0 in /a, 0.1.0 in /b; the first" in only(report).reason
+    assert only(report).command == "pip uninstall --yes awq-rt-cuda && pip install awq-rt-cuda"
+
+
+def test_versions_that_are_left_behind_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, versions in ((first, ("1.0",)), (second, ("1.0", "2.0"))):
+        folder.mkdir()
+        for version in versions:
+            write_metadata(folder, "some-plugin", version, {})
+        write_metadata(folder, "once-only", "1.0", {})
+        monkeypatch.syspath_prepend(folder)
+    monkeypatch.syspath_prepend(first)
+    found = requirements.installed_twice(["some-plugin", "once-only", "torch", "not-there"])
+    assert found == {"some-plugin": (f"1.0 in {first}", f"2.0 in {second}")}
+
+
 def test_a_source_tree_that_nobody_installed_is_said(diagnosed: Callable[..., Report]) -> None:
     report = diagnosed(CPU_TORCH, TRANSFORMERS, packages=())
     assert (report.verdict, only(report).code) == (Verdict.READY, "AWQ-PACKAGE-003")
@@ -450,7 +477,7 @@ def test_a_library_that_cannot_be_imported_is_unusable(diagnosed: Callable[..., 
     finding = only(diagnosed(*before, absent, plugins=after))
     assert (finding.code, finding.reason) == (f"{family}-001", f"{step} is not installed")
 
-    finding = only(diagnosed(*before, plugins=None, ending="was killed by SIGILL", complaint="it printed nothing"))
+    finding = only(diagnosed(*before, plugins=after, ending="was killed by SIGILL", complaint="it printed nothing"))
     assert (finding.code, finding.verdict) == (f"{family}-003", Verdict.UNUSABLE)
     assert "the processor lacks an instruction" in finding.reason
 

@@ -183,6 +183,17 @@ def test_the_doctor_outlives_a_torch_that_cannot_be_imported(
     assert found["packages"]
 
 
+def test_the_doctor_answers_where_nothing_but_python_is_installed() -> None:
+    """Not even what the command line needs."""
+    source = Path(doctor.__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(source)}
+    command = [sys.executable, "-S", "-m", "awq_rt.doctor"]  # -S: no installed packages
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    found = json.loads(done.stdout)
+    jsonschema.validate(found, SCHEMA)
+    assert (done.returncode, found["findings"][0]["code"]) == (2, "AWQ-TORCH-001"), done.stderr
+
+
 def test_a_torch_that_is_too_old_is_unusable(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("__version__ = '1.13.1'\n")
     done = run(path=tmp_path)

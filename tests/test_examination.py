@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +184,42 @@ def test_answers_before_the_time_limit_are_kept(site: Path) -> None:
     )
     outcome = examination.ask("some_worker", limit_s=2)
     assert (outcome.answers, outcome.timed_out, outcome.ending) == (("here",), True, "did not end in 2 s")
+
+
+def test_a_worker_runs_before_it_is_told_anything_and_hears_all_of_it(site: Path) -> None:
+    (site / "some_worker.py").write_text(
+        "import sys\nfrom pathlib import Path\nfrom awq_rt.examination import answer\n"
+        "def main():\n    Path(sys.argv[1]).touch()\n    answer(len(sys.stdin.read()))\n"
+    )
+    begun = examination.Worker("some_worker", str(site / "begun"))
+    wait_until((site / "begun").exists)
+    assert begun.outcome(60, "x" * 300_000) == examination.Outcome((300_000,), "", "it printed nothing")
+
+
+def test_a_worker_that_does_not_listen_is_ended_like_any_other(site: Path) -> None:
+    (site / "some_worker.py").write_text("import threading\ndef main():\n    threading.Event().wait()\n")
+    assert examination.Worker("some_worker").outcome(0.5, "x" * 300_000).timed_out
+
+
+def test_a_worker_that_nobody_asks_is_ended(site: Path) -> None:
+    (site / "some_worker.py").write_text(
+        "import os, sys, threading\nfrom pathlib import Path\n"
+        "def main():\n    Path(sys.argv[1]).write_text(str(os.getpid()))\n    threading.Event().wait()\n"
+    )
+    told = site / "its number"
+    begun = examination.Worker("some_worker", str(told))
+    wait_until(lambda: told.exists() and told.read_text() != "")
+    begun.end()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(told.read_text()), 0)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if true():
+            return
+        time.sleep(0.1)
+    pytest.fail("it did not come about in a minute")
 
 
 def test_an_interpreter_that_is_gone_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

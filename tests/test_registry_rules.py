@@ -156,6 +156,16 @@ def test_the_contract_is_checked_when_a_plugin_is_loaded(installed: Any) -> None
     assert all(plugin.refusal.fix for plugin in found if plugin.refusal)
 
 
+@pytest.mark.parametrize("contract", [(2, 5), (2, 4), (2, 0), (2, 6), (1, 5), (3, 5), (5, 5)])
+def test_a_plugin_of_our_major_and_no_newer_minor_is_accepted(
+    contract: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "CONTRACT", (2, 5))
+    refusal = registry.contract_refusal(backend("a", contract=contract), "a")
+    assert (refusal is None) is (contract in ((2, 5), (2, 4), (2, 0)))
+    assert refusal is None or refusal.code == "AWQ-BACKEND-015"
+
+
 def test_an_unknown_name_is_answered_with_those_that_are_installed(installed: Any) -> None:
     installed(Entry("a", "d", backend("a")), Entry("b", "d2", ValueError("no")))
     with pytest.raises(UnknownBackend, match="'c' is not installed; installed: a, b"):

@@ -9,6 +9,7 @@
     verdict     the sentence that comes first
     diagnosis   the report (report.py; schema.json is its JSON)
     bundle      the report and what goes with it in one file; redaction
+    __main__    the report as JSON, where not even the command line's own libraries are whole
 
 Torch, transformers and the plugins are only ever imported in a process of its own: whatever is broken, even an
 `import torch` that takes its process down, the doctor lives to say so. Nothing in this process needs more than the

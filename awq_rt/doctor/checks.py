@@ -46,7 +46,7 @@ CHECKS = (
     Check(
         "packages",
         "the distributions that awq-rt requires, and their versions",
-        ("AWQ-PACKAGE-001", "AWQ-PACKAGE-002", "AWQ-PACKAGE-003", "AWQ-TORCH-004"),
+        ("AWQ-PACKAGE-001", "AWQ-PACKAGE-002", "AWQ-PACKAGE-003", "AWQ-PACKAGE-004", "AWQ-TORCH-004"),
         machine.say_packages,
         machine.find_packages,
         "awq-rt is not installed",

@@ -1,6 +1,7 @@
 """The half of the doctor that may die: imports torch, transformers and the plugins, and answers after each step.
 
-Runs in a process of its own (`examination.ask`). The steps that it managed to answer are what can be relied on.
+Runs in a process of its own (`examination.Worker`), transformers in another beside it. The steps that were answered
+are what can be relied on.
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main() -> None:
-    """Answers `{"step": ..., "error": ...}` or `{"step": ..., ...facts}` for each step."""
-    for step in (_torch, _transformers, _plugins, _selection):
-        if not _answered(step):
+    """Answers `{"step": ..., "error": ...}` or `{"step": ..., ...facts}` for each step that the arguments name."""
+    for name in sys.argv[1:]:
+        if not _answered(name, STEPS[name]):
             return
 
 
-def _answered(step: Callable[[], dict[str, Any]]) -> bool:
-    name = step.__name__.strip("_")
+def _answered(name: str, step: Callable[[], dict[str, Any]]) -> bool:
     try:
         with warnings.catch_warnings(record=True):  # what they warn of is either in the facts or not about this machine
             facts = step()
@@ -38,7 +38,7 @@ def _answered(step: Callable[[], dict[str, Any]]) -> bool:
         if version := getattr(sys.modules.get(name), "__version__", None):  # imported, but too old to be asked
             failure["version"] = str(version)
         answer(failure)
-        return name == "transformers"  # the plugins need torch only
+        return False
     answer({"step": name, **facts})
     return True
 
@@ -167,3 +167,6 @@ def _asked(backend: Any, device: Device, kernel: str, dtype: str, symmetric: boo
     except NoBackend:  # not that of a moment ago
         chosen = False
     return ("selected" if chosen else "available"), "", ""
+
+
+STEPS = {"torch": _torch, "transformers": _transformers, "plugins": _plugins, "selection": _selection}

@@ -13,9 +13,9 @@ from typing import Any
 
 from .. import cache, devices
 from ..devices import Device, Probe, Refusal, Tool
-from ..examination import Outcome, ask
+from ..examination import Outcome, Worker, ask
 from .report import KernelRun, Memory, Model, Offer, Package, PluginState, Torch
-from .requirements import required_packages
+from .requirements import installed_twice, required_packages
 
 STEP_LIMIT_S = 600.0
 """For each of torch, transformers and all plugins' self-tests; a first import from a slow disk takes a minute."""
@@ -26,6 +26,8 @@ KERNEL_LIMIT_S = 120.0
 MODEL_LIMIT_S = 300.0
 GIVE_UP_AFTER = 2
 """Kernels of one backend on one device that hung or died: the rest of them is not tried."""
+
+ENGINE, KERNELS = "awq_rt.doctor.engine", "awq_rt.doctor.kernels"
 
 ON_CPU, ON_GPU = ("float32", "float16", "bfloat16"), ("float16", "bfloat16")
 
@@ -52,7 +54,11 @@ class CacheState:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """`steps` are the engine's answers by step, `outcome` how it ended; `model_error` is (code, reason)."""
+    """`steps` are the engine's answers by step, `outcome` how it ended, `transformers` how that import did;
+    `model_error` is (code, reason).
+
+    `twice` are the versions and folders of what is installed more than once.
+    """
 
     request: Request
     host: Device
@@ -60,7 +66,9 @@ class Facts:
     amd: Probe
     steps: Mapping[str, Mapping[str, Any]]
     outcome: Outcome
+    transformers: Outcome
     packages: tuple[Package, ...]
+    twice: Mapping[str, tuple[str, ...]]
     torch: Torch | None
     plugins: tuple[PluginState, ...]
     cache: CacheState
@@ -77,9 +85,12 @@ class Facts:
 def gather(request: Request, progress: Callable[[str], None] = lambda doing: None) -> Facts:
     """Look at this machine. Never raises for what it finds. `progress` hears what is done next."""
     progress("importing torch, transformers and the backends")
+    runner = Worker(KERNELS) if request.run else None  # imports take seconds: side by side
+    importer = Worker(ENGINE, "transformers")
     nvidia, amd = devices.nvidia(), devices.amd()
-    outcome = ask("awq_rt.doctor.engine", limit_s=request.step_limit_s)
-    steps = {answer["step"]: answer for answer in outcome.answers}
+    outcome = ask(ENGINE, "torch", "plugins", "selection", limit_s=request.step_limit_s)
+    transformers = importer.outcome(request.step_limit_s)
+    steps = {answer["step"]: answer for answer in (*outcome.answers, *transformers.answers)}
     imported = {step: steps[step]["version"] for step in steps if "version" in steps[step]}
     plugins = tuple(_plugin(state) for state in steps.get("plugins", {}).get("plugins", ()))
     offers = tuple(_offer(offer) for offer in steps.get("selection", {}).get("offers", ()))
@@ -90,6 +101,8 @@ def gather(request: Request, progress: Callable[[str], None] = lambda doing: Non
         model, model_error = _model(request)
     wanted = jobs(plugins, offers) if request.run else []
     progress(f"running {len(wanted)} kernels beside the reference")
+    packages = tuple(required_packages(imported))
+    named = ("awq-rt", *(package.name for package in packages), *(plugin.distribution for plugin in plugins))
     return Facts(
         request=request,
         host=devices.cpu().devices[0],
@@ -97,12 +110,14 @@ def gather(request: Request, progress: Callable[[str], None] = lambda doing: Non
         amd=amd,
         steps=steps,
         outcome=outcome,
-        packages=tuple(required_packages(imported)),
+        transformers=transformers,
+        packages=packages,
+        twice=installed_twice(dict.fromkeys(named)),
         torch=torch,
         plugins=plugins,
         cache=cache_state(cache.chosen_dir() or cache.cache_dir()),
         offers=offers,
-        kernels=run_kernels(wanted, request.kernel_limit_s),
+        kernels=run_kernels(wanted, request.kernel_limit_s, runner),
         model=model,
         model_error=model_error,
     )
@@ -128,13 +143,19 @@ def place(device: Device) -> str:
     return "cpu" if device.type == "cpu" else f"{device.type}:{device.index}"
 
 
-def run_kernels(wanted: Sequence[Mapping[str, Any]], limit_s: float) -> tuple[KernelRun, ...]:
-    """Each job's result. One that hangs or dies takes its process with it; the others go on in a new one."""
+def run_kernels(
+    wanted: Sequence[Mapping[str, Any]], limit_s: float, runner: Worker | None = None
+) -> tuple[KernelRun, ...]:
+    """Each job's result. One that hangs or dies takes its process with it; the others go on in a new one.
+
+    `runner` is the first process, where it was begun before.
+    """
     results: dict[int, KernelRun] = {}
     fatal: dict[tuple[str, str], int] = {}
     left = list(wanted)
     while left:
-        outcome = ask("awq_rt.doctor.kernels", json.dumps(left), limit_s=limit_s)
+        outcome = (runner or Worker(KERNELS)).outcome(limit_s, json.dumps(left))
+        runner = None
         started = [answer["starts"] for answer in outcome.answers if "starts" in answer]
         for answer in outcome.answers:
             if "index" in answer:
@@ -151,6 +172,8 @@ def run_kernels(wanted: Sequence[Mapping[str, Any]], limit_s: float) -> tuple[Ke
             reason = f"{GIVE_UP_AFTER} kernels of this backend hung or died before it"
             results[job["index"]] = _kernel_run(job, {"status": "not run", "reason": reason})
             left.remove(job)
+    if runner is not None:
+        runner.end()
     return tuple(results[index] for index in sorted(results))
 
 

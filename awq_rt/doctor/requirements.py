@@ -1,4 +1,4 @@
-"""Which distributions awq_rt requires, and whether an installed version satisfies a requirement.
+"""Which distributions awq_rt requires, whether an installed version satisfies it, and whether there is only one.
 
 A small part of PEP 440: `>=`, `<=`, `<`, `>`, `==`, `!=` and `~=` on release numbers, which is all that our metadata
 uses. `packaging` would know the rest, but it is not in the standard library and may itself be what is broken.
@@ -6,9 +6,10 @@ uses. `packaging` would know the rest, but it is not in the standard library and
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from .report import Package
 
@@ -37,6 +38,20 @@ def installed_version(distribution: str) -> str:
         return importlib.metadata.version(distribution) or ""
     except (importlib.metadata.PackageNotFoundError, KeyError):
         return ""
+
+
+def installed_twice(distributions: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Of these, those that are installed in several versions: `VERSION in FOLDER` of each, the one in use first."""
+    found = {}
+    for name in distributions:
+        copies: dict[str, str] = {}
+        for distribution in importlib.metadata.distributions(name=name):
+            with contextlib.suppress(KeyError):  # damaged metadata
+                version = distribution.version
+                copies.setdefault(version, f"{version} in {distribution.locate_file('')}")
+        if len(copies) > 1:
+            found[name] = tuple(copies.values())
+    return found
 
 
 def allows(specifier: str, version: str) -> bool:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ..facts import Facts
 from ..report import Finding, Verdict
 from .finding import finding
 
-STEPS = ("torch", "transformers", "plugins", "selection")
-"""Of the engine, in its order."""
+STEPS: Mapping[str, tuple[str, ...]] = {
+    "torch": (),
+    "transformers": ("torch",),
+    "plugins": ("torch",),
+    "selection": ("torch", "plugins"),
+}
+"""Of the engine, and those without which a step has nothing to say."""
 
 
 def say_torch(facts: Facts) -> str:
@@ -36,11 +41,9 @@ def find_transformers(facts: Facts) -> Iterator[Finding]:
 
 def of_step(step: str, facts: Facts) -> Iterator[Finding]:
     """What raised in a step of the engine, or took it down or never returned."""
-    reached = STEPS[: STEPS.index(step)]
-    if any(before not in facts.steps for before in reached) or ("error" in facts.steps.get("torch", {}) and reached):
-        return  # never got there
-    if "error" in facts.steps.get("plugins", {}) and step == "selection":
+    if any("error" in facts.steps.get(before, {"error": "never got there"}) for before in STEPS[step]):
         return
+    outcome = facts.transformers if step == "transformers" else facts.outcome
     wanted = {package.name: package.name + package.supported for package in facts.packages}.get(step, step)
     doing = {"plugins": "looking for backends", "selection": "asking backends what they serve"}.get(
         step, f"`import {step}`"
@@ -48,8 +51,8 @@ def of_step(step: str, facts: Facts) -> Iterator[Finding]:
     ours = step in ("plugins", "selection")
     family = f"AWQ-{step.upper()}"
     if step not in facts.steps:
-        reason = f"{doing} {facts.outcome.ending or 'ended its process'}: {facts.outcome.complaint}"
-        if "SIGILL" in facts.outcome.ending:
+        reason = f"{doing} {outcome.ending or 'ended its process'}: {outcome.complaint}"
+        if "SIGILL" in outcome.ending:
             reason += " (the processor lacks an instruction that this build uses)"
         yield finding("AWQ-BACKEND-019" if ours else f"{family}-003", Verdict.UNUSABLE, reason)
         return

@@ -36,6 +36,9 @@ def find_packages(facts: Facts) -> Iterator[Finding]:
             "awq-rt runs from a source tree that is not installed: versions are unchecked, plugins may not be found"
         )
         yield finding("AWQ-PACKAGE-003", Verdict.READY, reason)
+    for name, copies in facts.twice.items():
+        reason = f"{name} is installed in several versions: {', '.join(copies)}; the first is in use"
+        yield finding("AWQ-PACKAGE-004", Verdict.DEGRADED, reason, f"pip uninstall --yes {name} && pip install {name}")
     for package in facts.packages:
         wanted = f"{package.name}{package.supported}"
         command = f"pip install '{wanted}'"
