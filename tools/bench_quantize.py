@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ SHARD_LAYERS = 8
 @click.option("--group-size", default=128, show_default=True)
 @click.option("--samples", default=128, show_default=True)
 @click.option("--length", default=512, show_default=True)
+@click.option("--tuning", default=0, show_default=True, help="Steps, as for `awq-rt quantize`.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--name", help="The model's name in the rows.")
 @click.option("--peer", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkpoint to evaluate.")
@@ -148,6 +150,7 @@ def measure(arguments: dict[str, Any]) -> None:
         group_size=arguments["group_size"],
         samples=arguments["samples"],
         length=arguments["length"],
+        tuning=arguments["tuning"] if arguments["method"] == "awq" else 0,
         device=arguments["device"],
     )
     seconds = time.perf_counter() - started
@@ -156,6 +159,7 @@ def measure(arguments: dict[str, Any]) -> None:
     row = {
         "group_size": arguments["group_size"],
         "tokens": report.tokens,
+        **({} if report.tuning is None else {"tuning": asdict(report.tuning)}),
         "seconds": round(seconds, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "seconds_per_block": round(statistics.median(late - early for early, late in itertools.pairwise(marks[2:])), 2),

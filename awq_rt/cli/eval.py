@@ -86,14 +86,12 @@ def _load(model: str, loading: dict[str, Any]) -> Any:
     try:
         return awq_rt.load(model, **loading)
     except NotQuantized:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         from .. import registry
+        from ..models.architecture import dense_model, tokenizer
 
         device = loading["device"] or registry.default_device()
-        options = {"revision": loading["revision"], "token": loading["token"]}
-        options["trust_remote_code"] = loading["trust_remote_code"]
+        options = {name: loading[name] for name in ("revision", "token", "trust_remote_code")}
         dtype = loading["dtype"] or ("float32" if str(device).startswith("cpu") else "float16")
-        dense = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options).to(device).eval()
-        dense.tokenizer = AutoTokenizer.from_pretrained(model, **options)
+        dense = dense_model(model, dtype=dtype, **options).to(device).eval()
+        dense.tokenizer = tokenizer(model, **options)
         return dense

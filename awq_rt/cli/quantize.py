@@ -26,6 +26,7 @@ from .console import console
 @click.option("--no-clip", is_flag=True, help="Keep every group's whole range.")
 @click.option("--rounding", default="feedback", show_default=True, help="feedback or nearest.")
 @click.option("--damping", type=float, help="Of the feedback; more trusts the text less.")
+@click.option("--tuning", type=int, default=0, show_default=True, help="Steps of tuning the whole model in the end.")
 @click.option("--skip", multiple=True, metavar="PART", help="Leave linears alone whose name holds this; repeatable.")
 @click.option("--strict", is_flag=True, help="Refuse a model of which a linear cannot be packed.")
 @click.option("--device", help="cpu, cuda:0, ...  [default: a GPU where there is one]")

@@ -12,6 +12,7 @@ scaling       the search for scales
 ranges        the search for ranges: clipping
 feedback      rounding with error feedback
 block         these together, for one block
+tuning        scales and norms of all blocks, by the whole model's predictions
 packing       a block's tensors under the checkpoint's names, and back
 store         finished blocks on disk, so that a run can be taken up again
 report        what was done

@@ -51,10 +51,7 @@ def restore(block: Block, stored: Mapping[str, Tensor], shapes: Mapping[str, Lin
         if owner not in shapes:
             values = torch.cat([stored[name].to(target) for name in names])
         elif parameter == "weight":
-            shape = shapes[owner]
-            each = LinearShape(shape.in_features, shape.out_features // len(names), shape.group_size)
-            parts = [_read(stored, name.removesuffix(".weight"), each, layout, target.device) for name in names]
-            values = torch.cat([part.dequantize().T for part in parts])
+            values = packed_weight(block, owner, stored, shapes[owner], layout, target.device).dequantize().T
         else:
             values = stored[names[0]].to(target)
         target.copy_(values)
@@ -70,6 +67,16 @@ def restore(block: Block, stored: Mapping[str, Tensor], shapes: Mapping[str, Lin
             activation = ScaledActivation(activation, len(tensor))
             setattr(block.module.get_submodule(owner), child, activation)
         activation.scales = nn.Parameter(tensor.to(target.device, torch.float32), requires_grad=False)
+
+
+def packed_weight(
+    block: Block, path: str, stored: Mapping[str, Tensor], shape: LinearShape, layout: str, device: torch.device
+) -> AwqWeight:
+    """The block's linear `path` as it was stored."""
+    names = block.names[f"{path}.weight"]
+    each = LinearShape(shape.in_features, shape.out_features // len(names), shape.group_size)
+    parts = [_read(stored, name.removesuffix(".weight"), each, layout, device) for name in names]
+    return parts[0] if len(parts) == 1 else AwqWeight.concatenate(parts)
 
 
 def prefix_of(block: Block) -> str:

@@ -63,6 +63,16 @@ class BlockReport:
 
 
 @dataclass(frozen=True, slots=True)
+class TuningReport:
+    """`tokens` were written and learnt from in `steps`; the mean divergence (nats a token) on held-out samples."""
+
+    steps: int
+    tokens: int
+    divergence_before: float
+    divergence_after: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A finished run."""
 
@@ -74,6 +84,7 @@ class Report:
     seconds: float
     blocks: tuple[BlockReport, ...]
     resumed_blocks: int = 0
+    tuning: TuningReport | None = None
 
     @property
     def linears(self) -> int:
@@ -100,7 +111,9 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         value = {name: getattr(self, name) for name in ("settings", "calibration", "tokens", "device", "seconds")}
-        return {**value, "resumed_blocks": self.resumed_blocks, "blocks": [block.to_json() for block in self.blocks]}
+        tuning = None if self.tuning is None else asdict(self.tuning)
+        blocks = [block.to_json() for block in self.blocks]
+        return {**value, "resumed_blocks": self.resumed_blocks, "tuning": tuning, "blocks": blocks}
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:

@@ -18,15 +18,17 @@ from ..checkpoint.writer import MAX_SHARD_BYTES
 from ..conversion import describe
 from ..errors import CannotPack, DestinationExists, InvalidSetting, TokenizerMismatch, UnsupportedDevice
 from ..memory import Trimmer
+from ..models.architecture import tokenizer
 from .block import packable, round_block, search_block
 from .calibration import Calibration, Source, calibration_samples, check_vocabulary
 from .groups import TOKENS, Structure, find_structure
-from .packing import packed_tensors, restore
-from .report import BlockReport, Report, write_report
+from .packing import packed_tensors, packed_weight, restore
+from .report import BlockReport, Report, TuningReport, write_report
 from .settings import Settings
-from .source import DenseSource
+from .source import DenseSource, as_stored
 from .store import Store
 from .streaming import Block, Call, StreamedModel
+from .tuning import Teacher, tune, write_text
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,8 +54,9 @@ def quantize(
     `settings` are the fields of `Settings`: method "awq" or "rtn", group_size, zero_point, layout, samples, length,
     seed, ... `calibration` is None for the bundled text, a text or `.jsonl` file, a Hugging Face data set's name, or a
     list of strings or token ids. `device` defaults to a GPU where there is one. Memory holds one block and the
-    calibration's hidden states. Finished blocks are kept beside `out`: the same call takes an interrupted run up again,
-    `restart` begins anew. `progress` is called with (what is done, blocks done, blocks in all).
+    calibration's hidden states; with `tuning` the whole model in float32 in the end. Finished blocks are kept beside
+    `out`: the same call takes an interrupted run up again, `restart` begins anew. `progress` is called with (what is
+    done, blocks or steps done, and in all).
 
     A transformers model in memory is written beside `out` first, with `tokenizer`, and always begun anew.
 
@@ -80,6 +83,7 @@ def quantize(
     started = time.perf_counter()
     with _fast_matmul(run.device):
         reports, resumed = run.blocks(store, text)
+        tuning = run.tune(store, text, reports) if text is not None and chosen.tuning else None
     config = run.config()
     write_checkpoint(
         destination, run.tensors(store), config, beside=source.source, force=force, max_shard_bytes=max_shard_bytes
@@ -93,6 +97,7 @@ def quantize(
         time.perf_counter() - started,
         tuple(reports),
         resumed,
+        tuning,
     )
     write_report(report, destination)
     store.remove()
@@ -126,6 +131,7 @@ class _Run:
         self.model = StreamedModel(source, device, trust_remote_code=remote_code)
         self.packable = [packable(block, settings) for block in self.model.blocks]
         self._structures: dict[Any, Structure] = {}
+        self._tuned: dict[str, Tensor] = {}
         self._memory = Trimmer()
         self._check_packable()
         self._check_outside()
@@ -140,14 +146,15 @@ class _Run:
         return found
 
     def identity(self, text: Calibration | None) -> dict[str, Any]:
-        """What the result depends on, in words that an unfinished run is compared by."""
+        """What finished blocks depend on, in words that an unfinished run is compared by."""
         digest = None if text is None else text.digest
+        settings = {name: value for name, value in self.settings.to_json().items() if name != "tuning"}
         return {
             "awq_rt": __version__,
             "source": self.source.digest,
             "calibration": digest,
             "device": self.device.type,
-            **self.settings.to_json(),
+            **settings,
         }
 
     def blocks(self, store: Store, text: Calibration | None) -> tuple[list[BlockReport], int]:
@@ -179,6 +186,39 @@ class _Run:
         self.progress("writing", len(self.model.blocks), len(self.model.blocks))
         return reports, resumed
 
+    def tune(self, store: Store, text: Calibration, reports: list[BlockReport]) -> TuningReport:
+        """Tune the finished blocks together. They come behind the others in `store`, and are what is written."""
+        settings, blocks = self.settings, self.model.blocks
+        with self.model.whole() as model:
+            self.progress("writing text to tune with", 0, settings.tuning)
+            teacher = Teacher(model, write_text(model, text.tokens, settings.tuning, settings.seed))
+            weights = []
+            for number, (block, chosen) in enumerate(zip(blocks, self.packable, strict=True)):
+                stored = store.tensors(number)
+                restore(block, stored, chosen.shapes, settings.layout)
+                weights += [
+                    (
+                        block.module.get_submodule(path),
+                        packed_weight(block, path, stored, shape, settings.layout, self.device),
+                    )
+                    for path, shape in chosen.shapes.items()
+                ]
+            tuned, report = tune(
+                model, weights, teacher, steps=settings.tuning, seed=settings.seed,
+                progress=lambda step: self.progress("tuning", step, settings.tuning),
+            )  # fmt: skip
+            remaining = iter(tuned)
+            for number, (block, chosen) in enumerate(zip(blocks, self.packable, strict=True)):
+                own = {path: next(remaining) for path in chosen.shapes}
+                tensors = packed_tensors(block, own, settings.layout, settings.stored_dtype)
+                store.save(len(blocks) + number, tensors, reports[number])
+            self._tuned = {
+                stored_name: as_stored(stored_name, vector, settings.stored_dtype).cpu()
+                for name, stored_name in self.model.outside.items()
+                if (vector := model.get_parameter(name)).dim() == 1
+            }
+        return report
+
     def config(self) -> dict[str, Any]:
         """config.json of the result."""
         packed = self._packed_names()
@@ -205,9 +245,11 @@ class _Run:
 
     def tensors(self, store: Store) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the result by name: the source's own order outside the blocks, then the blocks."""
-        yield from self._outside()
+        for name, tensor in self._outside():
+            yield name, self._tuned.get(name, tensor)
+        first = len(self.model.blocks) if self.settings.tuning else 0
         for number in range(len(self.model.blocks)):
-            yield from store.tensors(number).items()
+            yield from store.tensors(first + number).items()
 
     def _quantize(
         self,
@@ -308,11 +350,7 @@ def _fast_matmul(device: torch.device) -> Iterator[None]:
 
 
 def _tokenizer(root: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any((root / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
-        return None
     try:
-        return AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
+        return tokenizer(root, trust_remote_code)
     except Exception as error:  # tokenizers raise whatever their library does
         raise TokenizerMismatch(f"{root}: the tokenizer cannot be used: {error}") from error

@@ -21,6 +21,7 @@ class Settings:
     """How to quantise. `group_size` -1 is one group a row; `skip` are parts of names of linears to leave alone.
 
     `damping` enlarges the diagonals of second moments, for the feedback only; None: by what the text leaves uncertain.
+    `tuning` is the number of steps in which scales and norms are tuned in the end, the whole model in memory.
     """
 
     method: Literal["awq", "rtn"] = "awq"
@@ -32,6 +33,7 @@ class Settings:
     clip: bool = True
     rounding: Literal["feedback", "nearest"] = "feedback"
     damping: float | None = None
+    tuning: int = 0
     samples: int = 128
     length: int = 512
     seed: int = 0
@@ -52,6 +54,8 @@ class Settings:
         for name in ("samples", "length"):
             if getattr(self, name) < 1:
                 raise InvalidSetting(f"{name} is {getattr(self, name)}; at least 1 is expected")
+        if self.tuning < 0 or (self.tuning and self.method == "rtn"):
+            raise InvalidSetting(f"tuning is {self.tuning} with method {self.method}; 0 or, with awq, more is expected")
         if self.damping is not None and not self.damping >= 0:
             raise InvalidSetting(f"damping is {self.damping}; 0 or more is expected")
 

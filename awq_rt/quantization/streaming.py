@@ -7,7 +7,7 @@ once on the calibration tokens and let go; then blocks are loaded, run and let g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ class StreamedModel:
         path, modules = _blocks(self.model, self.decoder)
         self.blocks = [self._block(f"{path}.{index}", module, targets) for index, module in enumerate(modules)]
         inside = tuple(f"{block.path}." for block in self.blocks)
-        self._outside = {
+        self.outside = {
             name: found[0][0]
             for name, found in targets.items()
             if name in rename.targets and not name.startswith(inside) and found[0][1] is None
@@ -100,9 +100,9 @@ class StreamedModel:
         inside = tuple(f"{block.path}." for block in self.blocks)
         wanted = [n for n, _ in self.decoder.named_parameters(prefix=prefix) if not n.startswith(inside)]
         for name in wanted:
-            if name not in self._outside:
+            if name not in self.outside:
                 raise MissingTensor(f"{self.source.root} lacks {name} of {type(self.model).__name__}")
-            self._place(self.model, name, self.source.read(self._outside[name], self.device, torch.float32))
+            self._place(self.model, name, self.source.read(self.outside[name], self.device, torch.float32))
         for buffer_name, buffer in list(self.decoder.named_buffers()):
             owner, _, name = buffer_name.rpartition(".")
             self.decoder.get_submodule(owner)._buffers[name] = buffer.to(self.device)
@@ -144,6 +144,24 @@ class StreamedModel:
         finally:
             for path in block.names:
                 self._place(block.module, path, None)
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The model with all its weights, which are let go at the end."""
+        for name, stored in self.outside.items():
+            self._place(self.model, name, self.source.read(stored, self.device, torch.float32))
+        self.model.tie_weights()
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self.device)
+        try:
+            with ExitStack() as loaded:
+                for block in self.blocks:
+                    loaded.enter_context(self.loaded(block))
+                yield self.model
+        finally:
+            for name in self.outside:
+                self._place(self.model, name, None)
 
     def _block(self, path: str, module: nn.Module, targets: dict[str, list[tuple[str, Any, int]]]) -> Block:
         block = Block(path, module)

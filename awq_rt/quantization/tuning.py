@@ -1,0 +1,226 @@
+"""Scales and norms of a quantised model adjusted as a whole, so that it predicts what the dense model predicts.
+
+Block by block, each linear is rounded as if the others were exact and all errors of its outputs mattered alike. Here
+the whole model runs, and the scales of groups and the norms follow the gradient of the divergence between the dense
+model's predictions and its own; codes and zero points stay. No labels are needed, so any text will do, and the dense
+model writes it: a calibration text has too few words for so many scales.
+
+Sources: Hinton et al., "Distilling the knowledge in a neural network", 2015; Liu et al., "LLM-QAT: data-free
+quantization aware training for large language models", 2023, section 2.1; Chen et al., "EfficientQAT", 2024, section
+3.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+
+from ..weights import AwqWeight
+from .report import TuningReport
+
+STEP_TOKENS = 4096
+"""Tokens from which a step's gradient is taken."""
+
+RATE = 1e-3
+"""By how much of itself a value moves in a step at most, about; falls to 0 along a half cosine."""
+
+WARM_UP = 10
+"""Steps in which the rate rises: Adam's first estimates of the gradient's size are poor."""
+
+PROMPT = 8
+"""Tokens of the calibration text that a written sample begins with."""
+
+WRITTEN_AT_ONCE = 256
+"""Samples that are written side by side."""
+
+HELD_OUT = 16
+"""Samples that are not learnt from, and say what the tuning was worth."""
+
+LOGITS_AT_ONCE = 1 << 28
+"""Logits that are compared at a time: 1 GiB in float32, of which some copies are held."""
+
+LENGTH = 256
+"""Tokens of a written sample."""
+
+PASSES = 3
+"""How often a sample is learnt from: writing one takes as long as that."""
+
+
+@torch.no_grad()
+def write_text(model: Any, text: Tensor, steps: int, seed: int) -> Tensor:
+    """int64 [samples, LENGTH], enough for `steps`, drawn from the dense `model`'s predictions.
+
+    Every sample goes on from a place in `text` [.., ..].
+    """
+    samples = HELD_OUT + math.ceil(steps * STEP_TOKENS / (PASSES * LENGTH))
+    prompt = min(PROMPT, text.shape[1], LENGTH - 1)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(text), (samples,), generator=generator)
+    starts = torch.randint(text.shape[1] - prompt + 1, (samples, 1), generator=generator)
+    prompts = text[rows[:, None], starts + torch.arange(prompt)]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        written = [
+            model.generate(
+                part.to(model.device), attention_mask=torch.ones_like(part, device=model.device), do_sample=True,
+                temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LENGTH - prompt, eos_token_id=None, pad_token_id=0,
+            ).cpu()
+            for part in torch.split(prompts, WRITTEN_AT_ONCE)
+        ]  # fmt: skip
+    return torch.cat(written)
+
+
+class Teacher:
+    """The dense model's predictions for `tokens` [n, length], kept as hidden states before the head."""
+
+    @torch.no_grad()
+    def __init__(self, model: Any, tokens: Tensor):
+        self.tokens = tokens
+        decoder = model.get_decoder()
+        self._states = torch.cat(
+            [
+                decoder(input_ids=part.to(model.device), use_cache=False).last_hidden_state.cpu()
+                for part in torch.split(tokens, samples_at_once(model, tokens.shape[1]))
+            ]
+        )
+
+    @torch.no_grad()
+    def logits(self, model: Any, chosen: Tensor) -> Tensor:
+        """[len(chosen), length, vocabulary] for the samples `chosen`, by the head of `model`, which is never tuned."""
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        states = self._states[chosen].to(model.device)
+        decoder = model.get_decoder()
+        decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=states)
+        try:
+            found: Tensor = model(input_ids=self.tokens[chosen].to(model.device), use_cache=False).logits
+        finally:
+            del decoder.forward
+        return found
+
+
+def tune(
+    model: Any,
+    weights: Sequence[tuple[nn.Module, AwqWeight]],
+    teacher: Teacher,
+    *,
+    steps: int,
+    seed: int,
+    progress: Callable[[int], None],
+) -> tuple[list[AwqWeight], TuningReport]:
+    """The linears' weights with tuned scales, and what it was worth; the norms of `model` are left tuned.
+
+    `model` holds the quantised model: `weights` are its linears and what is stored of each. Where held-out samples are
+    not predicted better in the end, everything stays as it was. `progress` is called with the steps done.
+    """
+    length = teacher.tokens.shape[1]
+    order = torch.randperm(len(teacher.tokens), generator=torch.Generator().manual_seed(seed))
+    held_out, learnt = order.tensor_split([HELD_OUT])
+    each = max(1, STEP_TOKENS // length)
+    with _tunable(model, weights) as (scales, changes):
+        before = _divergence(model, teacher, held_out)
+        optimizer = torch.optim.Adam(changes, betas=(0.9, 0.99))
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.zero_grad()
+            _divergence(model, teacher, learnt[torch.arange(step * each, (step + 1) * each) % len(learnt)], learn=True)
+            optimizer.step()
+            progress(step + 1)
+        after = _divergence(model, teacher, held_out)
+        if not after < before:
+            after = before
+            with torch.no_grad():
+                for change in changes:
+                    change.zero_()
+        tuned = [scale.tuned(weight) for scale, (_, weight) in zip(scales, weights, strict=True)]
+    return tuned, TuningReport(steps, learnt.numel() * length, before, after)
+
+
+@contextmanager
+def _tunable(
+    model: nn.Module, weights: Sequence[tuple[nn.Module, AwqWeight]]
+) -> Iterator[tuple[list[_TunedScales], list[nn.Parameter]]]:
+    """(the linears' scales, relative changes of scales and norms), with which `model` computes until the end.
+
+    Norms keep their changes.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(w := module._parameters.get("weight"), Tensor) and w.dim() == 1
+    ]
+    scales = [_TunedScales(weight) for _, weight in weights]
+    vectors = [
+        (norm, name, _TunedVector(vector)) for norm in norms for name, vector in norm.named_parameters(recurse=False)
+    ]
+    places: list[tuple[nn.Module, str, nn.Module]] = [*vectors]
+    for (linear, weight), scale in zip(weights, scales, strict=True):
+        steps = weight.codes.float() - weight.zeros.float().repeat_interleave(weight.group_size, 0)
+        linear.weight = nn.Parameter(steps.T.contiguous(), requires_grad=False)
+        places.append((linear, "weight", scale))
+    for module, name, parametrization in places:
+        parametrize.register_parametrization(module, name, parametrization)
+    try:
+        yield scales, [scale.change for scale in scales] + [vector.change for _, _, vector in vectors]
+    finally:
+        for module, name, _ in places:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+
+
+def _divergence(model: Any, teacher: Teacher, chosen: Tensor, *, learn: bool = False) -> float:
+    """Mean over tokens of the divergence of the model's predictions from the teacher's, for the samples `chosen`."""
+    total = 0.0
+    with torch.set_grad_enabled(learn):
+        for part in torch.split(chosen, samples_at_once(model, teacher.tokens.shape[1])):
+            expected = teacher.logits(model, part).log_softmax(-1)
+            found = model(input_ids=teacher.tokens[part].to(model.device), use_cache=False).logits.log_softmax(-1)
+            loss = functional.kl_div(found.flatten(0, 1), expected.flatten(0, 1), log_target=True, reduction="sum")
+            loss = loss / (len(chosen) * teacher.tokens.shape[1])
+            if learn:
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+    return total
+
+
+def samples_at_once(model: Any, length: int) -> int:
+    """How many samples of `length` tokens have at most `LOGITS_AT_ONCE` logits."""
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    return max(1, LOGITS_AT_ONCE // (length * vocabulary))
+
+
+class _TunedScales(nn.Module):
+    """Parametrises a linear's weight: the steps that its codes stand for, times scales that can change."""
+
+    def __init__(self, weight: AwqWeight):
+        super().__init__()
+        self.scales = weight.scales.T.float().unsqueeze(-1)
+        self.change = nn.Parameter(torch.zeros_like(self.scales))
+
+    def forward(self, steps: Tensor) -> Tensor:
+        groups = steps.view(*self.scales.shape[:2], -1)
+        return (groups * (self.scales * (1 + self.change))).flatten(1)
+
+    def tuned(self, weight: AwqWeight) -> AwqWeight:
+        """`weight` with these scales."""
+        scales = (self.scales * (1 + self.change)).detach().squeeze(-1).T
+        return AwqWeight(weight.codes, weight.zeros, scales.to(weight.scales.dtype).contiguous(), weight.bias)
+
+
+class _TunedVector(nn.Module):
+    """Parametrises a norm's weight or bias."""
+
+    def __init__(self, vector: Tensor):
+        super().__init__()
+        self.change = nn.Parameter(torch.zeros_like(vector))
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return vector * (1 + self.change)
