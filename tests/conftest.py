@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,22 @@ def shared() -> Path:
     if not (SHARED / "checkpoints").is_dir():
         pytest.skip("../shared is not here")
     return SHARED
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """transformers' own `from_pretrained` loads on awq_rt while the test runs."""
+    import awq_rt
+
+    awq_rt.register()
+    yield
+    awq_rt.unregister()
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A tiny random Llama in 4 bits, the test's own."""
+    from tiny import build, config_of
+
+    build(tmp_path / "llama", config_of("llama"))
+    return tmp_path / "llama"
