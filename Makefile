@@ -44,7 +44,7 @@ test-transformers: $(VENV)/.development  ## the model tests on the older support
 	    > $$($(VENV)-transformers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth; \
 	  $(VENV)-transformers/bin/python -m pip install --quiet -c constraints.txt transformers==$$version; \
 	  $(VENV)-transformers/bin/python -m pytest -q tests/test_models.py tests/test_registration.py tests/test_fusion.py \
-	    tests/test_generation.py || exit 1; \
+	    tests/test_generation.py tests/test_offload.py || exit 1; \
 	done
 
 # The checkpoint that `make test-vllm` serves.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +18,11 @@ import awq_rt
 from awq_rt import registry
 from awq_rt.backend import LinearSpec
 from awq_rt.devices import Device
-from awq_rt.linear import AwqLinear, linear_grad_op, linear_op
+from awq_rt.linear import AwqLinear
 from awq_rt.testing import hurtful_weight
 
+ROOT = Path(__file__).resolve().parents[1]
+CODE = (".py", ".cpp", ".cu", ".inc", ".h")
 TOKENS = torch.arange(3, 35).view(2, 16)
 FAMILIES = ("llama", "qwen3_moe")
 CPU = Device("cpu", 0, "cpu", "cpu", "unknown", 0)
@@ -122,19 +127,43 @@ def cpu_backends() -> list[str]:
     return [backend.name for backend in registry.backends() if backend.supports(spec, CPU) is None]
 
 
+def of_linear(linear: AwqLinear, backend: str) -> tuple[Any, ...]:
+    x = torch.randn(2, 3, linear.in_features, generator=torch.Generator().manual_seed(0)).to(linear.weight.dtype)
+    return x.requires_grad_(), list(linear.packed.tensors), backend, linear.layout, linear.out_features
+
+
+def of_gradient(linear: AwqLinear, backend: str) -> tuple[Any, ...]:
+    grad = torch.randn(2, 3, linear.out_features, generator=torch.Generator().manual_seed(1)).to(linear.weight.dtype)
+    return grad, list(linear.packed.tensors), backend, linear.layout, linear.in_features
+
+
+ARGUMENTS: dict[str, Callable[[AwqLinear, str], tuple[Any, ...]]] = {
+    "awq_rt::linear": of_linear,
+    "awq_rt::linear_grad": of_gradient,
+}
+"""What each operator is checked with."""
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", cpu_backends())
-def test_opcheck_passes_for_every_operator_on_every_backend(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_opcheck_passes_for_every_operator_on_every_backend(name: str, backend: str, dtype: torch.dtype) -> None:
     linear = AwqLinear(64, 128, 32)
     linear.bind(hurtful_weight("random", 64, 128, 32, bias=True, seed=1), dtype, "cpu", backend=backend)
-    tensors, layout = list(linear.packed.tensors), linear.layout
-    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    torch.library.opcheck(linear_op, (x, tensors, backend, layout, 128))
-    grad = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
-    torch.library.opcheck(linear_grad_op, (grad, tensors, backend, layout, 64))
+    namespace, operator = name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), operator)
+    torch.library.opcheck(packet.default, ARGUMENTS[name](linear, backend))
 
 
-def test_there_is_no_operator_that_opcheck_above_has_not_seen() -> None:
-    """The fused operators are functions that the decoder calls, and no operators of torch's dispatcher."""
-    here = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("awq_rt::")}
-    assert here == {"awq_rt::linear", "awq_rt::linear_grad"}
+def test_there_is_no_operator_that_opcheck_above_does_not_see() -> None:
+    """Not in torch's dispatcher, nor in a source that was not imported here.
+
+    The fused operators are functions that the decoder calls, and no operators of the dispatcher.
+    """
+    found = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("awq_rt")}
+    sources = [path for folder in ("awq_rt", "backends") for path in (ROOT / folder).rglob("*") if path.suffix in CODE]
+    for source in sources:
+        text = source.read_text(encoding="utf-8")
+        assert not re.search(r"TORCH_LIBRARY|library\.Library\(|library\.define\(", text), source
+        found |= set(re.findall(r"(?:custom_op|triton_op)\(\s*\"([^\"]+)\"", text))
+    assert found == ARGUMENTS.keys()

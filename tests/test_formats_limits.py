@@ -99,6 +99,21 @@ def test_columns_that_are_no_whole_tiles_of_marlin_are_refused() -> None:
         understood(stored)
 
 
+def test_scales_of_another_width_are_no_scales_of_marlins_words() -> None:
+    stored = headers("marlin")
+    stored["scales"] = resized(stored["scales"], 1, 64)
+    with pytest.raises(InvalidTensor, match="scales has shape"):
+        LAYOUTS["marlin"].shape(stored, G)
+
+
+@pytest.mark.parametrize("absent", ["qzeros", "no tensor"])
+def test_words_of_no_known_packing_are_not_called_gptq(absent: str) -> None:
+    sizes = {"qweight": (7, 5), "qzeros": (3, 9), "scales": (3, 11)}
+    stored = {name: TensorInfo(f"layer.{name}", size, torch.int32) for name, size in sizes.items() if name != absent}
+    with pytest.raises(UnsupportedFormat, match="packed in no layout that awq_rt knows"):
+        identify("layer", stored)
+
+
 def test_more_groups_than_there_is_room_for_are_refused() -> None:
     sizes = {"qweight": (N, 9 * 128 // 8), "qzeros": (N, 1), "scales": (N, 8)}
     stored = {name: replace(info, shape=sizes[name]) for name, info in headers("gemv").items()}
@@ -222,6 +237,17 @@ def test_zeros_between_two_zero_points_are_refused(off: float) -> None:
         LAYOUTS["gemv_fast"].read({**tensors, "qzeros": zeros}, LinearShape.of(weight))
 
 
+def test_a_tenth_is_no_zero_point() -> None:
+    """The bound itself: 1 / 10 in float32 is the nearest there is to 0.1."""
+    weight = hurtful_weight("random", 128, 64, 64)
+    weight = replace(weight, zeros=torch.zeros_like(weight.zeros), scales=torch.full_like(weight.scales, 10))
+    tensors = WRITABLE["gemv_fast"].write(weight)
+    zeros = tensors["qzeros"].clone()
+    zeros[0, 0] = -1
+    with pytest.raises(InvalidTensor, match=r"zero points z of 0\.\.15"):
+        LAYOUTS["gemv_fast"].read({**tensors, "qzeros": zeros}, LinearShape.of(weight))
+
+
 @pytest.mark.parametrize("shape", [(256, 64, 64), (256, 64, 256), (128, 128, 128), (64, 320, 32)])
 def test_marlin_of_one_and_of_several_groups_reads_back(shape: tuple[int, int, int]) -> None:
     weight = hurtful_weight("symmetric", *shape)
@@ -266,7 +292,7 @@ def test_expected_shapes_and_dtypes() -> None:
             expect(info, *wrong)
 
 
-@pytest.mark.parametrize(("in_features", "groups", "size"), [(256, 4, 64), (256, 1, 256), (256, 256, 1)])
+@pytest.mark.parametrize(("in_features", "groups", "size"), [(256, 4, 64), (256, 1, 256), (256, 256, 1), (1, 1, 1)])
 def test_groups_that_divide(in_features: int, groups: int, size: int) -> None:
     assert group_size_of(TensorInfo("scales", (groups, 8), torch.float16), in_features, groups) == size
 
@@ -298,6 +324,11 @@ SCALES = TensorInfo("scales", (8, 64), torch.float16)
 @pytest.mark.parametrize(("group_size", "expected"), [(32, 32), (64, 64), (256, 256), (-1, 256)])
 def test_a_group_size_that_fits_the_padding(group_size: int, expected: int) -> None:
     assert shape_from_groups(SCALES, 256, 64, 8, group_size) == LinearShape(256, 64, expected)
+
+
+def test_groups_of_one_fit_where_there_is_room() -> None:
+    assert shape_from_groups(SCALES, 8, 64, 8, 1) == LinearShape(8, 64, 1)
+    assert shape_from_groups(SCALES, 1, 64, 8, -1) == LinearShape(1, 64, 1)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,13 @@ from awq_rt.linear import AwqLinear
 
 peft = pytest.importorskip("peft")
 
-# PEFT asks models of the newest transformers under the old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("registered"),
+    # PEFT asks models of the newest transformers under the old name.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 TOKENS = torch.arange(3, 35).view(2, 16)
-
-
-@pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
-    awq_rt.register()
-    yield
-    awq_rt.unregister()
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    build(folder, config_of("llama"))
-    return folder
 
 
 @pytest.fixture(params=["load", "from_pretrained"])

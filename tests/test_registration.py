@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+import types
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny import GROUP_SIZE, TOKENS, assert_agree, build, config_of, logits, packable
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AwqConfig, CompileConfig
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AwqConfig,
+    CompileConfig,
+    modeling_flash_attention_utils,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
@@ -27,19 +35,6 @@ from awq_rt.models.experts import AwqExperts
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 FAMILIES = ("llama", "qwen2", "gemma2", "phi3", "bloom", "gpt_neox", "mixtral", "qwen3_moe", "deepseek_v2", "llava")
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-
-
-@pytest.fixture
-def registered() -> Iterator[None]:
-    awq_rt.register()
-    yield
-    awq_rt.unregister()
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    build(tmp_path / "llama", config_of("llama"))
-    return tmp_path / "llama"
 
 
 def from_pretrained(folder: Path, **options: Any) -> Any:
@@ -245,15 +240,10 @@ def test_device_maps_on_a_machine_without_a_gpu(llama: Path, device_map: Any) ->
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize(
-    "device_map",
-    [{"": "disk"}, {"model": "cpu", "lm_head": "disk"}, {"model": "cpu", "lm_head": 0}],
-    ids=["disk", "partly on disk", "partly on the CPU"],
-)
-def test_offloading_is_refused_before_anything_is_loaded(llama: Path, device_map: Any, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedDevice, match="packed linears run where they lie"):
-        from_pretrained(llama, device_map=device_map, offload_folder=tmp_path / "offload")
-    assert not (tmp_path / "offload").exists()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here_is_a_sentence_before_anything_is_loaded(llama: Path) -> None:
+    with pytest.raises(UnsupportedDevice, match="cuda"):
+        from_pretrained(llama, device_map={"model": "cpu", "lm_head": 0})
 
 
 @pytest.mark.usefixtures("registered")
@@ -272,6 +262,55 @@ def test_an_attention_that_is_not_installed_is_transformers_own_error(llama: Pat
         pytest.skip("flash_attn is installed")
     with pytest.raises(ImportError, match="FlashAttention2"):
         from_pretrained(llama, attn_implementation="flash_attention_2")
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A stand-in for the package flash-attn, which needs a GPU. How many positions each call of it was asked for."""
+    asked: list[int] = []
+
+    def flash_attn_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+    ) -> Tensor:
+        assert (dropout_p, window_size, softcap, alibi_slopes) == (0.0, (-1, -1), 0.0, None)
+        asked.append(q.shape[1])
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mask = seen if causal else None
+        y: Tensor = scaled_dot_product_attention(q, k, v, mask, scale=softmax_scale, enable_gqa=True)
+        return y.transpose(1, 2)
+
+    package, padding = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.bert_padding")
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
+        setattr(package, name, flash_attn_func)
+    padding.pad_input = padding.unpad_input = None  # type: ignore[attr-defined]
+    for module in (package, padding):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(modeling_flash_attention_utils, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    monkeypatch.setattr(transformers.PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
+    return asked
+
+
+@pytest.mark.usefixtures("registered")
+def test_flash_attention_reads_prompts_in_both_loops(llama: Path, flash_attn: list[int]) -> None:
+    model, expected = from_pretrained(llama, attn_implementation="flash_attention_2"), from_pretrained(llama)
+    layers = model.config.num_hidden_layers
+    flash_attn.clear()
+    assert torch.allclose(logits(model), logits(expected), atol=1e-5)  # transformers' own forward pass
+    assert flash_attn == [16] * layers
+    assert model.fusion.decoder is not None
+    flash_attn.clear()
+    assert torch.equal(model.generate(TOKENS, **GREEDY), expected.generate(TOKENS, **GREEDY))
+    assert flash_attn == [16] * layers  # the fused decoder's prompt; its steps have an operator of their own
 
 
 @pytest.mark.usefixtures("registered")

@@ -63,7 +63,7 @@ def _codes(words: Tensor) -> Tensor:
 
 def _grouped_scales(scales: Tensor) -> Tensor:
     """Every 64 columns are an 8 x 8 block stored transposed."""
-    return scales.view(len(scales), -1, 8, 8).transpose(-1, -2).reshape(scales.shape)
+    return scales.view(len(scales), -1, 8, 8).transpose(2, 3).reshape(scales.shape)
 
 
 def _single_scales(scales: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,42 @@ def test_kills_leave_nothing_that_is_trusted() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert sum(work["killed"] for work in found.values()) >= 8
+
+
+def run_with_room_for(largest_file: int, work: kills.Work, folder: Path) -> int:
+    """The exit code of a process that does `work`, and whose files may not grow beyond so many bytes."""
+
+    def limited() -> None:
+        import resource
+
+        warnings.simplefilter("ignore")  # that compiled kernels cannot be kept
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        kills._quietly(work.run, folder)
+
+    worker = multiprocessing.get_context("fork").Process(target=limited)
+    worker.start()
+    worker.join()
+    assert worker.exitcode is not None
+    return worker.exitcode
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+@pytest.mark.parametrize("largest_file", [0, 100, 6000])
+@pytest.mark.parametrize("name", kills.WORK)
+def test_a_full_disk_leaves_nothing_that_is_trusted(
+    name: str, largest_file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files stop growing at their first byte, in a header, and in what comes after it."""
+    monkeypatch.setattr(kills, "_dense", tmp_path / "models" / "dense")
+    work, folder = kills.WORK[name], tmp_path / "trial"
+    folder.mkdir()
+    work.prepare(folder)
+    failed = run_with_room_for(largest_file, work, folder)
+    assert bool(failed) is (name in ("convert", "quantize")), "a cache that is full is no error, anything else is"
+    work.check(folder)
+    assert not kills._finished(work, folder)
+    assert run_with_room_for(1 << 30, work, folder) == 0
+    assert kills._finished(work, folder)
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
