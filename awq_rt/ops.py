@@ -139,17 +139,6 @@ def decode_attention(
     return (shares @ values).view(batch, -1).to(qkv.dtype)
 
 
-def prompt_attention(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, tensors: AttentionTensors
-) -> Any:
-    """T positions a row from position 0 on: `rope_append`, then each attends to itself and those before it.
-
-    `qkv` [B, T, (heads + 2 kv_heads) head_dim], caches as for `rope_append` -> [B, T, heads head_dim]. For short
-    prompts, where launches are what takes time. The definition declines; `rope_append` and torch's attention serve.
-    """
-    return NotImplemented
-
-
 def _placed(
     x: Tensor, positions: Tensor, spec: AttentionSpec, tensors: AttentionTensors, norm: Tensor | None
 ) -> Tensor:
@@ -180,7 +169,6 @@ DEFINITIONS: dict[str, Callable[..., Tensor]] = {
     "gated_activation": gated_activation,
     "rope_append": rope_append,
     "decode_attention": decode_attention,
-    "prompt_attention": prompt_attention,
 }
 
 
@@ -204,7 +192,6 @@ class Ops:
     gated_activation: Callable[..., Tensor]
     rope_append: Callable[..., Tensor]
     decode_attention: Callable[..., Tensor]
-    prompt_attention: Callable[..., Any]  # a tensor or NotImplemented
 
 
 def _first_that_serves(own: Callable[..., Any] | None, definition: Callable[..., Tensor]) -> Callable[..., Tensor]:

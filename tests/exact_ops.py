@@ -169,13 +169,6 @@ class Layer:
             **caches,
         )
 
-    def step(self, qkv: Tensor, row: int) -> Layer:
-        """The positions of one row of a prompt `qkv` [B, T, features] as a step's rows, over that row's cache."""
-        count = qkv.shape[1]
-        caches = {name: getattr(self, name)[row].expand(count, -1, -1, -1) for name in ("k_cache", "v_cache")}
-        positions = torch.arange(count, dtype=torch.int32, device=qkv.device)
-        return replace(self, qkv=qkv[row], positions=positions, **caches)
-
     def excess(self, y: Tensor) -> float:
         """How far `y`, and what was put into the caches, are off, over what is allowed."""
         _, k, v = heads_of(self.qkv[:, None], self.spec)

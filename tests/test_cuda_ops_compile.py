@@ -10,7 +10,7 @@ pytest.importorskip("awq_rt_cuda", reason="awq-rt-cuda is not installed")
 from awq_rt.ops import AttentionSpec
 from awq_rt.rtc import Program
 from awq_rt_cuda import nvrtc
-from awq_rt_cuda.fused import attention, gated, greedy, logits, norm, prompt, rope
+from awq_rt_cuda.fused import attention, gated, greedy, logits, norm, rope
 from awq_rt_cuda.fused.heads import HEAD_DIMS, serves_spec
 from awq_rt_cuda.fused.launch import program
 from awq_rt_cuda.selection import Target
@@ -50,8 +50,6 @@ def test_usual_shapes_compile_everywhere(name: str) -> None:
     programs = [
         *attention.programs(LLAMA_2, 1, False, target, arch),
         *attention.programs(LLAMA_3, 0, False, target, arch),
-        prompt.needed(LLAMA_2, 1, False, arch),
-        prompt.needed(LLAMA_3, 0, False, arch),
         program("fused_rope", arch, rope.defines(LLAMA_3, 1)),
         program("fused_norm", arch, norm.defines(4096, 1, 1)),
         program("fused_gated", arch, gated.defines(11008, 0, "silu")),

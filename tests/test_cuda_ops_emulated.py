@@ -15,7 +15,7 @@ import emulation
 from emulation import EmulatedKernel, addresses
 
 from awq_rt.ops import AttentionSpec
-from awq_rt_cuda.fused import attention, gated, greedy, logits, norm, prompt, rope
+from awq_rt_cuda.fused import attention, gated, greedy, logits, norm, rope
 from awq_rt_cuda.fused.launch import bits
 
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="there is no g++ to compile the kernels with")
@@ -115,53 +115,6 @@ def test_rope_append(folder: Path, name: str) -> None:
         exact = placed(given, positions, spec, t, weight)
         assert bool(((found.double() - exact.value).abs() <= exact.limit).all())
     assert torch.equal(stored[1], raw[2])
-
-
-PROMPTS = {
-    "grouped": (AttentionSpec(4, 2, 128, 0.09, 128), 33),
-    "one token": (AttentionSpec(2, 2, 128, 0.09, 128), 1),
-    "window and softcap, partly rotated": (AttentionSpec(3, 1, 80, 0.1, 32, window=6, softcap=20.0), 19),
-    "wide, normed": (AttentionSpec(1, 1, 256, 0.06, 256, norm_eps=1e-6), 32),
-    "interleaved, slopes": (AttentionSpec(2, 1, 64, 0.1, 64, interleaved=True), 64),
-}
-
-
-def read_prompt(folder: Path, made: Layer, qkv: torch.Tensor) -> torch.Tensor:
-    """`prompt_attention` of `qkv` [B, T, features] with the spec, tables and caches of `made`."""
-    spec, t, (rows, count, _) = made.spec, made.tensors, qkv.shape
-    caches = made.k_cache, made.v_cache
-    y = torch.full((rows, count, spec.heads * spec.head_dim), torch.nan, dtype=qkv.dtype)
-    given = prompt.defines(spec, int(qkv.dtype == torch.float16), t.slopes is not None)
-    EmulatedKernel(prompt.ENTRY, given, folder).launch(
-        (-(-count // prompt.QUERIES), spec.heads, rows),
-        prompt.THREADS,
-        *addresses((qkv, *caches, t.cos, t.sin, t.q_norm, t.k_norm, t.slopes, y)),
-        *(stride for cache in caches for stride in cache.stride()[:2]),
-        count,
-        *attention.constants_of(spec),
-    )
-    return y
-
-
-@pytest.mark.parametrize("name", PROMPTS)
-def test_a_short_prompt(folder: Path, name: str) -> None:
-    spec, count = PROMPTS[name]
-    dtype = torch.bfloat16 if name == "grouped" else torch.float16
-    made = layer(spec, [0, 0], count + 3, dtype, slopes=name.endswith("slopes"))
-    qkv = normal(2, count, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, dtype=dtype)
-    y = read_prompt(folder, made, qkv)
-    for row in range(2):
-        assert made.step(qkv, row).excess(y[row]) <= 1
-    assert bool(made.k_cache[:, :, count:].isnan().all())
-
-
-def test_a_short_prompt_read_wrongly_is_outside_the_limit(folder: Path) -> None:
-    spec, count = PROMPTS["window and softcap, partly rotated"]
-    made = layer(spec, [0], count, torch.float16)
-    qkv = normal(1, count, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, dtype=torch.float16)
-    for defect in (replace(spec, window=7), replace(spec, window=5), replace(spec, interleaved=True)):
-        y = read_prompt(folder, replace(made, spec=defect), qkv)
-        assert made.step(qkv, 0).excess(y[0]) > 1
 
 
 def attend(folder: Path, made: Layer, parts: int, clusters: bool = True, stale: int = 0) -> torch.Tensor:

@@ -18,9 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import awq_rt
 from awq_rt.errors import InvalidInput
-from awq_rt.fusion.prefill import prefill_attention
 from awq_rt.generation import session
-from awq_rt.ops import AttentionSpec, AttentionTensors
 
 FAMILIES = ("llama", "mistral", "qwen3", "phi3", "gemma2", "mixtral")
 
@@ -143,31 +141,6 @@ def test_every_limit_on_the_length(pair: Pair, steps: list[int]) -> None:
     assert not steps
     pair.agree(ids, max_length=20, do_sample=False)
     assert len(steps) == 10
-
-
-def test_a_short_prompt_by_an_operator_of_its_own(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, steps: list[int]
-) -> None:
-    chosen, counts = pair.fused.fusion.decoder.ops, []
-
-    def prompt_attention(
-        qkv: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, tensors: AttentionTensors
-    ) -> Any:
-        batch, count, _ = qkv.shape
-        counts.append(count)
-        if count > 10:
-            return NotImplemented
-        first = torch.zeros(batch, dtype=torch.int32)
-        q = chosen.rope_append(qkv, first, k_cache, v_cache, spec, tensors)
-        y = prefill_attention(q, k_cache[:, :, :count], v_cache[:, :, :count], spec, tensors.slopes)
-        return y.transpose(1, 2).reshape(batch, count, -1)
-
-    monkeypatch.setattr(chosen, "prompt_attention", prompt_attention)
-    monkeypatch.setattr("awq_rt.fusion.decoder.CHUNK_TOKENS", 12)
-    for count in (9, 12, 30):
-        pair.agree(prompt(1, count), max_new_tokens=4, do_sample=False)
-    assert counts == [9, 9, 12, 12, 12, 12]  # of two layers each; of 30 only the first chunk begins at 0
-    assert steps
 
 
 def test_a_prompt_in_chunks(pair: Pair, monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:

@@ -125,12 +125,8 @@ class Decoder:
 
         def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             spec, tensors = layer.attention.spec, self._tensors[index]
-            keys, values, qkv = cache.keys[index], cache.values[index], qkv.view(batch, count, -1)
-            if start == 0 and not self.flash:
-                y = self.ops.prompt_attention(qkv, keys, values, spec, tensors)
-                if y is not NotImplemented:
-                    return y.view(batch * count, -1)  # type: ignore[no-any-return]
-            q = self.ops.rope_append(qkv, first, keys, values, spec, tensors)
+            keys, values = cache.keys[index], cache.values[index]
+            q = self.ops.rope_append(qkv.view(batch, count, -1), first, keys, values, spec, tensors)
             y = prefill_attention(q, keys[:, :, :end], values[:, :, :end], spec, tensors.slopes, self.flash)
             return y.transpose(1, 2).reshape(batch * count, -1)
 

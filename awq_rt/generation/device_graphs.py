@@ -44,14 +44,14 @@ class DeviceGraphs:
 def _leave_capture(device: torch.device, pool: tuple[int, int]) -> None:
     """Bring torch out of a capture that could not be ended.
 
-    Up to 2.11 its random generator then refuses every draw, and every replay of any graph, until a capture ends well;
-    and its allocator keeps what other streams have used until a capture into `pool` is told to have ended.
+    In 2.11 its random generator then refuses every draw, and every replay of any graph, until a capture ends well; and
+    its allocator gives no memory back until it is told that the capture into `pool` has ended. Later ones do a part.
     """
     with contextlib.suppress(RuntimeError):  # it has been told
         torch._C._cuda_endAllocateToPool(device.index, pool)
-    mark = torch.empty(1, device=device)
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     try:
+        mark = torch.empty(1, device=device)
         with torch.cuda.stream(stream), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
             mark.zero_()
     except RuntimeError:  # nothing can be captured here, so no graph needs the generator's state as it is

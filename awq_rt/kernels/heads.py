@@ -38,16 +38,12 @@ def serves_call(
     qkv: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, tensors: AttentionTensors
 ) -> bool:
     """Whether a kernel can take these arguments."""
-    placed = positions.dtype == torch.int32 and positions.is_contiguous()
-    return placed and serves_layer(qkv, k_cache, v_cache, spec, tensors)
-
-
-def serves_layer(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, tensors: AttentionTensors) -> bool:
-    """Whether a kernel can take them but for the positions."""
     return (
         serves_spec(spec)
         and serves(qkv)
         and qkv.shape[0] <= MOST_ROWS
+        and positions.dtype == torch.int32
+        and positions.is_contiguous()
         and serves_cache(k_cache, qkv, spec)
         and serves_cache(v_cache, qkv, spec)
         and (spec.rotary_dim == 0 or (_is_table(tensors.cos, spec) and _is_table(tensors.sin, spec)))

@@ -90,10 +90,7 @@ def check_attention(made: exact_ops.Layer) -> int:
     raw, _, _ = exact_ops.heads_of(qkv, made.spec)
     exact = exact_ops.placed(raw, at[:, None], made.spec, made.tensors, made.tensors.q_norm)
     assert bool(((q.double().cpu() - exact.value).abs() <= exact.limit).all()), (made.spec, at)
-    prompt = made.qkv[None]
-    y = backend.ops["prompt_attention"](prompt, made.k_cache[:1], made.v_cache[:1], made.spec, made.tensors)
-    assert made.step(prompt, 0).excess(y[0]) <= 1, made.spec
-    return 3
+    return 2
 
 
 def main() -> None:

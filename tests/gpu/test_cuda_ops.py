@@ -204,22 +204,6 @@ def test_random_attention(gpu: torch.device, case: int) -> None:
     assert made.excess(run("decode_attention", *made.arguments)) <= 1, (spec, positions)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("count", [1, 9, 32])
-def test_a_short_prompt(gpu: torch.device, name: str, count: int, dtype: torch.dtype) -> None:
-    spec = SPECS[name]
-    count = count if count < 32 or spec.head_dim > 128 else 64
-    made = layer(spec, [0, 0], 80, dtype, slopes=name == "no rotation").on(gpu)
-    qkv = normal(2, count, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, dtype=dtype).to(gpu)
-    y = run("prompt_attention", qkv, *made.arguments[2:])
-    for row in range(2):
-        assert made.step(qkv, row).excess(y[row]) <= 1
-    assert bool(made.k_cache[:, :, count:].isnan().all())
-    longer = torch.cat([qkv] * 65, dim=1)[:, :65].contiguous()
-    assert cuda_ops()["prompt_attention"](longer, *made.arguments[2:]) is NotImplemented
-
-
 def test_wrong_attention_is_outside_its_limit() -> None:
     made = layer(replace(LLAMA, window=50, softcap=5.0), [100, 70], 128, torch.float16, slopes=True)
     y = ops.decode_attention(*made.arguments)

@@ -11,7 +11,7 @@ from awq_rt.ops import AttentionSpec
 from awq_rt.rtc import Program
 
 from ..tiled import target_of
-from . import attention, gated, greedy, logits, norm, prompt, rope
+from . import attention, gated, greedy, logits, norm, rope
 from .all_reduce import all_reduce_add_rms_norm
 from .attention import decode_attention
 from .gated import gated_activation
@@ -20,7 +20,6 @@ from .heads import serves_spec
 from .launch import HALF, arch_of, program
 from .logits import dense_linear
 from .norm import add_rms_norm, rms_norm
-from .prompt import prompt_attention
 from .rope import rope_append
 
 OPS: dict[str, Callable[..., Any]] = {
@@ -32,7 +31,6 @@ OPS: dict[str, Callable[..., Any]] = {
     "gated_activation": gated_activation,
     "rope_append": rope_append,
     "decode_attention": decode_attention,
-    "prompt_attention": prompt_attention,
 }
 
 
@@ -57,7 +55,6 @@ def programs(
         if serves_spec(spec):
             found.append(program("fused_rope", arch, rope.defines(spec, half)))
             found += attention.programs(spec, half, slopes, target, arch)
-            found.append(prompt.needed(spec, half, slopes, arch))
     return list(dict.fromkeys(found))
 
 
@@ -70,7 +67,6 @@ __all__ = [
     "dense_linear",
     "gated_activation",
     "programs",
-    "prompt_attention",
     "rms_norm",
     "rope_append",
 ]

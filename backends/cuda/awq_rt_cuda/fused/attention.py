@@ -62,7 +62,7 @@ def cut_of(spec: AttentionSpec) -> Cut:
     if shared >= FROM_MMA and spec.head_dim <= MOST_MMA_HEAD_DIM:
         return Cut("mma", 192, -(-shared // -(-shared // MOST_GROUP)), 1)
     if shared % 2:
-        return Cut("fma", 256, 1, 2, 2) if spec.head_dim <= 128 else Cut("fma", 192, 1, 2, 3)
+        return Cut("fma", 192, 1, 2, 4 if spec.head_dim <= 128 else 3)
     return Cut("fma", 128, 2, 2, 4)
 
 
@@ -107,7 +107,7 @@ class Plan:
     early: Kernel
     ordinary: Kernel
     adder: Kernel | None  # of the parts, where blocks cannot read each other's shared memory
-    constants: tuple[int, int, int, int]
+    constants: tuple[int, int, int, int]  # window, scale, softcap, eps as the kernel takes them
 
 
 @functools.cache
@@ -117,14 +117,10 @@ def plan(spec: AttentionSpec, half: int, slopes: bool, device_index: int) -> Pla
     given = defines(spec, half, slopes, not target.clusters)
     kernel = load(cut_of(spec).entry, given, ARGUMENTS, device_index)
     adder = None if target.clusters else load("fused_attention_sum", given, SUM_ARGUMENTS, device_index)
-    return Plan(kernel, ordinary(kernel), adder, constants_of(spec))
-
-
-def constants_of(spec: AttentionSpec) -> tuple[int, int, int, int]:
-    """Window, scale, softcap and eps as kernels take them."""
     softcap = spec.softcap or 0.0
     scale = spec.scale / softcap if softcap else spec.scale * LOG2_E
-    return spec.window or NO_WINDOW, bits(scale), bits(softcap), bits(spec.norm_eps or 0.0)
+    constants = (spec.window or NO_WINDOW, bits(scale), bits(softcap), bits(spec.norm_eps or 0.0))
+    return Plan(kernel, ordinary(kernel), adder, constants)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,9 +17,4 @@ def serves_call(
     return qkv.is_cuda and heads.serves_call(qkv, positions, k_cache, v_cache, spec, tensors)
 
 
-def serves_layer(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, tensors: AttentionTensors) -> bool:
-    """The same of a call without positions."""
-    return qkv.is_cuda and heads.serves_layer(qkv, k_cache, v_cache, spec, tensors)
-
-
-__all__ = ["HEAD_DIMS", "head_defines", "pointer", "serves_call", "serves_layer", "serves_spec"]
+__all__ = ["HEAD_DIMS", "head_defines", "pointer", "serves_call", "serves_spec"]
