@@ -11,7 +11,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ OPTIONS = (
 )  # fmt: skip
 LINKER = """#!/bin/sh
 while [ "$1" = -flavor ] || [ "$1" = gnu ]; do shift; done
-exec "{python}" -m ziglang ld.lld "$@"
+exec "{zig}" ld.lld "$@"
 """
 TIME_LIMIT_S = 300
 
@@ -71,20 +70,26 @@ def compile_with_log(clang: Clang, program: Program) -> tuple[bytes, str]:
 
 def _write_linker(folder: Path) -> None:
     """clang runs a program named lld; ziglang's is a subcommand of its own."""
-    if importlib.util.find_spec("ziglang") is None:
+    if (zig := _zig()) is None:
         return
     for name in ("lld", "ld.lld"):
         file = folder / name
-        file.write_text(LINKER.format(python=sys.executable))
+        file.write_text(LINKER.format(zig=zig))
         file.chmod(0o755)
+
+
+def _zig() -> Path | None:
+    """The program in ziglang's wheel. `python -m ziglang` would start it too, after an interpreter."""
+    spec = importlib.util.find_spec("ziglang")
+    return None if spec is None or spec.origin is None else Path(spec.origin).with_name("zig")
 
 
 @functools.cache
 def compilers() -> tuple[Clang, ...]:
     """Those that are installed, the preferred one first."""
     found = []
-    if importlib.util.find_spec("ziglang") is not None:
-        command = (sys.executable, "-m", "ziglang", "clang")
+    if (zig := _zig()) is not None:
+        command = (str(zig), "clang")
         found.append(Clang(command, _version(command)))
     if program := shutil.which("clang-19"):
         found.append(Clang((program,), _version((program,))))

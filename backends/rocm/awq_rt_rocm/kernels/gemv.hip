@@ -51,7 +51,8 @@ struct Block {
         for (u32 i = 0; i < kStageSteps; i++) {
             // Beyond the end of a row its last eight are read again: the weights there are exactly zero, so that only a
             // row which holds an infinity or a NaN, and is lost anyway, can tell.
-            const u32 wanted_bytes = row_bytes[i] + lane % 16 * 16, last_bytes = row_bytes[i] + (k - 8 - tile * kTileDepth) * 2;
+            const u32 wanted_bytes = row_bytes[i] + lane % 16 * 16;
+            const u32 last_bytes = row_bytes[i] + (k - 8 - tile * kTileDepth) * 2;
             const u16* first = x + (u64)first_row * k + tile * kTileDepth;
             under.x[i] = load<words4>(first, wanted_bytes < last_bytes ? wanted_bytes : last_bytes);
         }
