@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import runpy
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,3 +70,49 @@ def test_a_run_goes_on_where_it_ended_and_only_on_the_same_tree_and_gpu(
     assert begun(options(path)).rows == []
     with pytest.raises(SystemExit, match=r"is of commit abc on a GPU .*this run of commit abd"):
         begun(options(path, resume=True, commit="abd"))
+
+
+def test_what_is_compared_takes_turns(tool: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that slows down as it works: timed one after the other, the second of two equals would seem slower."""
+    clock = [0.0]
+    order: list[str] = []
+
+    class Graph:
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+
+        def replay(self) -> None:
+            order.extend(dict.fromkeys(self.calls))
+            clock[0] += sum(1.0 + len(order) / 1000 for _ in self.calls)
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, _: object) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    capturing: list[Graph] = []
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, *, stream: object) -> Iterator[None]:
+        capturing.append(graph)
+        yield
+        capturing.pop()
+
+    def run(name: str) -> Callable[[int], None]:
+        return lambda _: capturing[-1].calls.append(name) if capturing else None
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setitem(tool["in_turn_us"].__globals__, "warm_up", lambda *_: None)
+    ours, theirs = tool["in_turn_us"]([(run("ours"), 5), (run("theirs"), 2)], replays=3)
+    assert order == ["ours", "theirs"] * 3
+    assert ours == pytest.approx(1003)  # the second of its turns at 1, 3 and 5 thousandths, 5 calls each
+    assert theirs == pytest.approx(1004)

@@ -5,8 +5,9 @@
     python tools/plot_kernels.py benchmarks/kernels-h100.json
 
 Each figure is the median of CUDA-graph replays over copies of the weight that together exceed the L2 cache several
-times, so weights come from device memory. A result is checked against float64 before it is timed. The floor of a shape
-is the bare cost of a kernel plus its packed bytes over the read bandwidth, which is measured in the same run.
+times, so weights come from device memory; ours and cuBLAS's take turns, for with many rows power sets the clock. A
+result is checked against float64 before it is timed. The floor of a shape is the bare cost of a kernel plus its packed
+bytes over the read bandwidth, which is measured in the same run.
 
 The shapes of `--models` are timed in full with the first group size; `--sampled-models`, and the other group sizes, at
 `--sampled-rows` and beside cuBLAS alone. The file is written after every row; `--resume` goes on where a run ended.
@@ -211,8 +212,8 @@ class Part:
             x = torch.randn(m, self.k, device=device, dtype=dtype)
             row: Row = {"k": self.k, "n": self.n, "group_size": self.group_size, "m": m, "dtype": str(dtype)[6:]}
             errors = [ours.error(x, weight)]
-            row |= {"us": round(ours.us(x), 3), "floor_us": floor_us}
-            row["cublas_us"] = round(graph_us(functools.partial(lambda x, i: x @ dense[i].T, x), len(dense)), 3)
+            us, cublas_us = in_turn_us([ours.run(x), (functools.partial(lambda x, i: x @ dense[i].T, x), len(dense))])
+            row |= {"us": round(us, 3), "floor_us": floor_us, "cublas_us": round(cublas_us, 3)}
             if self.beside_others and m <= FEW_ROWS:
                 with plain_launches():
                     row["plain_us"] = round(ours.us(x), 3)
@@ -244,8 +245,12 @@ class Rotated:
             raise SystemExit(f"{packed.layout}, M {len(x)}: {error:.3g} times the bound off; nothing is timed")
         return error
 
+    def run(self, x: Tensor) -> tuple[Run, int]:
+        """The product of `x` with each of the copies."""
+        return lambda i: backend.linear(x, self.copies[i]), len(self.copies)
+
     def us(self, x: Tensor) -> float:
-        return graph_us(lambda i: backend.linear(x, self.copies[i]), len(self.copies))
+        return graph_us(*self.run(x))
 
     def variant(self, m: int) -> str:
         """What serves `m` rows in `auto`."""
@@ -311,31 +316,51 @@ def torch_int4(weight: AwqWeight) -> Callable[[Tensor, int], Tensor] | None:
     return run
 
 
-def graph_us(run: Callable[[int], object], count: int, replays: int = 11) -> float:
+Run = Callable[[int], object]
+"""What is timed; it is given which of the copies is its turn."""
+
+
+def graph_us(run: Run, count: int, replays: int = 11) -> float:
     """The median time of one of `count` calls captured in a graph and replayed."""
+    return in_turn_us([(run, count)], replays)[0]
+
+
+def in_turn_us(runs: list[tuple[Run, int]], replays: int = 11) -> list[float]:
+    """`graph_us` of each of `runs`, whose graphs take turns: the clock that power leaves is then the same for all."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        run(0)
+        graphs = [captured(run, count, stream) for run, count in runs]
+        warm_up(graphs, stream)
+        turns = []
+        for _ in range(replays):
+            for graph in graphs:
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record(stream)
+                graph.replay()
+                end.record(stream)
+                turns.append((start, end))
         stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for index in range(count):
-                run(index)
-        warm_up(graph, stream)
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
-        for start, end in events:
-            start.record(stream)
-            graph.replay()
-            end.record(stream)
-        stream.synchronize()
-    return float(statistics.median(start.elapsed_time(end) for start, end in events) * 1000 / count)
+    times = [start.elapsed_time(end) * 1000 for start, end in turns]
+    return [float(statistics.median(times[i :: len(runs)]) / count) for i, (_, count) in enumerate(runs)]
 
 
-def warm_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
-    """Replay until the clocks have risen: an idle GPU's first 20 ms measured up to a fifth slower."""
-    end = time.monotonic() + 0.03
+def captured(run: Run, count: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """`count` calls as a graph; `stream` is current."""
+    run(0)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for index in range(count):
+            run(index)
+    return graph
+
+
+def warm_up(graphs: list[torch.cuda.CUDAGraph], stream: torch.cuda.Stream) -> None:
+    """Replay in turn until the clocks have risen: an idle GPU's first 20 ms measured up to a fifth slower."""
+    end = time.monotonic() + 0.03 * len(graphs)
     while time.monotonic() < end:
-        graph.replay()
+        for graph in graphs:
+            graph.replay()
         stream.synchronize()
 
 
