@@ -161,12 +161,6 @@ def test_activations_are_divided_by_their_scales(family_name: str, path: str, tm
     assert_agree(model, dense)
 
 
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    build(tmp_path / "llama", config_of("llama"))
-    return tmp_path / "llama"
-
-
 def edit_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -241,7 +235,7 @@ def test_what_cannot_be_asked_for_is_refused(llama: Path) -> None:
         awq_rt.load(llama, kernel="warp")
     with pytest.raises(UnsupportedDevice, match="both given"):
         awq_rt.load(llama, device="cpu", device_map="auto")
-    with pytest.raises(UnsupportedDevice, match="disk"):
+    with pytest.raises(InvalidConfig, match="on the disk; pass offload_folder="):
         awq_rt.load(llama, device_map={"": "disk"})
     with pytest.raises(TypeError, match="state_dict"):
         awq_rt.load(llama, state_dict={})

@@ -37,10 +37,13 @@ def from_pretrained(folder: Path, device_map: Any = None, **options: Any) -> Any
     return AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, **options)
 
 
+def linears(model: nn.Module) -> dict[str, AwqLinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, AwqLinear)}
+
+
 def resting(model: nn.Module) -> set[str]:
     """Paths of the packed linears that are offloaded."""
-    found = {path: module for path, module in model.named_modules() if isinstance(module, AwqLinear)}
-    return {path for path, linear in found.items() if linear.execution_device is not None}
+    return {path for path, linear in linears(model).items() if linear.execution_device is not None}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "bloom", "mixtral"])
@@ -48,7 +51,7 @@ def resting(model: nn.Module) -> set[str]:
 def test_a_model_on_the_disk_computes_what_the_dense_model_does(family: str, tmp_path: Path) -> None:
     dense = build(tmp_path / "model", config_of(family))
     model = from_pretrained(tmp_path / "model", {"": "disk"}, offload_folder=tmp_path / "offload")
-    assert len(resting(model)) == sum(isinstance(module, AwqLinear) for module in model.modules())
+    assert resting(model) == linears(model).keys()
     assert all(parameter.is_meta for parameter in model.parameters())
     assert_agree(model, dense)
     assert torch.equal(model.generate(TOKENS, **GREEDY), dense.generate(TOKENS, **GREEDY))
@@ -59,10 +62,24 @@ def test_a_model_on_the_disk_computes_what_the_dense_model_does(family: str, tmp
 def test_only_what_the_map_says_rests_elsewhere(road: str, llama: Path, tmp_path: Path) -> None:
     load = from_pretrained if road == "from_pretrained" else awq_rt.load
     model = load(llama, device_map=PARTLY, offload_folder=str(tmp_path / "offload"))
-    linears = {path for path, module in model.named_modules() if isinstance(module, AwqLinear)}
-    assert resting(model) == {path for path in linears if path.startswith("model.layers.0.")}
+    assert resting(model) == {path for path in linears(model) if path.startswith("model.layers.0.")}
     assert model.dtype == torch.float32
     assert torch.equal(logits(model), logits(awq_rt.load(llama, fuse=False)))
+
+
+@on_a_cpu
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_beside_another_device_the_cpu_only_keeps_weights(family: str, tmp_path: Path) -> None:
+    """accelerate takes the object for a device of its own, which is what makes "cpu" a home: a GPU's stand-in."""
+    dense = build(tmp_path / "model", config_of(family))
+    places = {name: torch.device("cpu") if place == "cpu" else "cpu" for name, place in PARTLY.items()}
+    model = from_pretrained(tmp_path / "model", places)
+    assert resting(model) == {path for path in linears(model) if path.startswith("model.layers.0.")}
+    assert {name for name, parameter in model.named_parameters() if parameter.is_meta} == {
+        name for name, _ in model.named_parameters() if name.startswith("model.layers.0.")
+    }
+    assert_agree(model, dense)
+    assert torch.equal(model.generate(TOKENS, **GREEDY), dense.generate(TOKENS, **GREEDY))
 
 
 @on_a_cpu

@@ -74,6 +74,8 @@ def load(
         registry.get(backend)
     group = None if tp_plan is None else parallel.start(tp_plan, device, device_map)
     places = _places(device, device_map) if group is None else {"": group.device}
+    if isinstance(places, dict) and "disk" in places.values() and "offload_folder" not in model_kwargs:
+        raise InvalidConfig("device_map puts modules on the disk; pass offload_folder=, a folder with room for them")
     if isinstance(id_or_path, Checkpoint):
         checkpoint, name = id_or_path, str(id_or_path.source)
     else:
