@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from plugins.folders import write_metadata, write_plugin
 
 from awq_rt import devices, doctor
@@ -637,6 +638,25 @@ def test_a_backend_whose_kernels_hang_is_given_up_after_two() -> None:
     runs = facts.run_kernels(jobs_of("hangs", "hangs", "hangs"), limit_s=2)
     assert [run.status for run in runs] == ["hung", "hung", "not run"]
     assert runs[0].reason.startswith("its process did not end in 2 s")
+
+
+def test_a_first_call_that_is_slow_does_not_leave_weights_that_a_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from awq_rt.backend import Packed
+    from awq_rt.doctor import kernels
+
+    now, seen = [0.0], set()
+
+    def linear(x: Any, packed: Packed) -> Any:
+        now[0] += 1e-4 if seen else 1.0
+        seen.add(id(packed))
+        return x
+
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(kernels, "COLD_BYTES", 64 << 10)
+    packed = Packed("", (torch.zeros(1 << 10, dtype=torch.uint8),))
+    seconds = kernels._latency_s(SimpleNamespace(linear=linear), packed, torch.float32, 8, torch.device("cpu"))  # type: ignore[arg-type]
+    assert len(seen) == 64
+    assert seconds == pytest.approx(1e-4)
 
 
 # --- a model ---------------------------------------------------------------------------------------------------------

@@ -288,7 +288,21 @@ def test_a_gpu_that_nothing_drives_is_named_with_the_reason(installed: Any, mach
         registry.default_device()
 
 
+def test_the_warning_points_at_who_called_who_asked_for_the_device(installed: Any, machine: Any) -> None:
+    def load() -> torch.device:
+        return registry.default_device()
+
+    machine(nvidia=(GPU,), seen=1)
+    installed(Entry("a", "d", backend("a", 5, HOST)))
+    with pytest.warns(RuntimeWarning) as caught:
+        load()
+    (warning,) = caught
+    assert (warning.filename, warning.lineno) == (__file__, load.__code__.co_firstlineno + 6)
+
+
 def test_devices_that_can_be_used_and_cannot(installed: Any, machine: Any) -> None:
+    machine(nvidia=(GPU,), seen=1)
+    assert registry.checked_device("cuda") == torch.device("cuda")
     machine(nvidia=(GPU, SECOND), seen=2)
     assert registry.checked_device("cuda:1") == torch.device("cuda:1")
     assert registry.checked_device("cuda") == torch.device("cuda")

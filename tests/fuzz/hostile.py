@@ -84,6 +84,8 @@ class Choices:
         return int.from_bytes(self._data.read(width), "little") % below
 
     def pick(self, options: Sequence[T]) -> T:
+        if not options:
+            raise IndexError("there is nothing to choose from")
         return options[self.number(len(options))]
 
     def bytes(self, length: int) -> bytes:

@@ -57,6 +57,12 @@ def test_a_spoiled_configuration_makes_a_model_or_an_error_of_ours(tmp_path: Pat
     assert len(outcomes) > 2, f"the edits reach too little: {outcomes}"
 
 
+def test_a_header_whose_every_tensor_was_taken_out_before_is_spoiled_no_further(tmp_path: Path) -> None:
+    """Found by half an hour of run.py: the edits, not the reader, divided by zero."""
+    data = b"\x04]\x00\x10\x81\xff\x00$\xcc\x00\x10\x81\xff\x00$\xcc\xb9\xb9"
+    assert attempt(data, tmp_path / "trial") == "CorruptFile"
+
+
 def test_the_seeds_are_valid(tmp_path: Path) -> None:
     for number, files in enumerate(hostile.seeds()):
         folder = tmp_path / str(number)
