@@ -62,7 +62,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def divergence(family: str, folder: Path) -> float:
     """From the dense model's predictions to those of the checkpoint, in nats a token."""
     with torch.no_grad():
-        tokens = write_text(dense_model(family), torch.tensor(some_tokens()), STEPS, seed=99)
+        tokens = write_text(dense_model(family), STEPS, seed=99)
         expected = dense_model(family)(input_ids=tokens).logits.log_softmax(-1)
         found = awq_rt.load(folder, device="cpu")(input_ids=tokens).logits.float().log_softmax(-1)
     return float((expected.exp() * (expected - found)).sum(-1).mean())
@@ -124,16 +124,15 @@ def test_blocks_of_an_interrupted_tuning_serve_with_and_without_it(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_written_text_goes_on_from_the_calibration_and_depends_on_the_seed_alone() -> None:
-    model, text = dense_model("llama"), torch.tensor(some_tokens())
+def test_written_text_depends_on_the_seed_alone() -> None:
+    model = dense_model("llama")
     state = torch.get_rng_state()
-    first, again, other = (write_text(model, text, STEPS, seed) for seed in (0, 0, 1))
+    first, again, other = (write_text(model, STEPS, seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.shape[1] == LENGTH
-    places = text.unfold(1, tuning.PROMPT, 1).flatten(0, 1)
-    assert all(bool((places == sample[: tuning.PROMPT]).all(1).any()) for sample in first)
+    assert len(first[:, 0].unique()) > len(first) // 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "opt"])

@@ -83,7 +83,7 @@ def quantize(
     started = time.perf_counter()
     with _fast_matmul(run.device):
         reports, resumed = run.blocks(store, text)
-        tuning = run.tune(store, text, reports) if text is not None and chosen.tuning else None
+        tuning = run.tune(store, reports) if chosen.tuning else None
     config = run.config()
     write_checkpoint(
         destination, run.tensors(store), config, beside=source.source, force=force, max_shard_bytes=max_shard_bytes
@@ -186,12 +186,12 @@ class _Run:
         self.progress("writing", len(self.model.blocks), len(self.model.blocks))
         return reports, resumed
 
-    def tune(self, store: Store, text: Calibration, reports: list[BlockReport]) -> TuningReport:
+    def tune(self, store: Store, reports: list[BlockReport]) -> TuningReport:
         """Tune the finished blocks together. They come behind the others in `store`, and are what is written."""
         settings, blocks = self.settings, self.model.blocks
         with self.model.whole() as model:
             self.progress("writing text to tune with", 0, settings.tuning)
-            teacher = Teacher(model, write_text(model, text.tokens, settings.tuning, settings.seed))
+            teacher = Teacher(model, write_text(model, settings.tuning, settings.seed))
             weights = []
             for number, (block, chosen) in enumerate(zip(blocks, self.packable, strict=True)):
                 stored = store.tensors(number)

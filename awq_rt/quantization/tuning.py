@@ -25,22 +25,19 @@ from torch.nn.utils import parametrize
 from ..weights import AwqWeight
 from .report import TuningReport
 
-STEP_TOKENS = 4096
+STEP_TOKENS = 1024
 """Tokens from which a step's gradient is taken."""
 
 RATE = 1e-3
 """By how much of itself a value moves in a step at most, about; falls to 0 along a half cosine."""
 
-WARM_UP = 10
-"""Steps in which the rate rises: Adam's first estimates of the gradient's size are poor."""
-
-PROMPT = 8
-"""Tokens of the calibration text that a written sample begins with."""
+WARM_UP = 0.1
+"""Share of the steps in which the rate rises: Adam's first estimates of the gradient's size are poor."""
 
 WRITTEN_AT_ONCE = 256
 """Samples that are written side by side."""
 
-HELD_OUT = 16
+HELD_OUT = 8
 """Samples that are not learnt from, and say what the tuning was worth."""
 
 LOGITS_AT_ONCE = 1 << 28
@@ -54,26 +51,23 @@ PASSES = 3
 
 
 @torch.no_grad()
-def write_text(model: Any, text: Tensor, steps: int, seed: int) -> Tensor:
+def write_text(model: Any, steps: int, seed: int) -> Tensor:
     """int64 [samples, LENGTH], enough for `steps`, drawn from the dense `model`'s predictions.
 
-    Every sample goes on from a place in `text` [.., ..].
+    Every sample goes on from a random token.
     """
     samples = HELD_OUT + math.ceil(steps * STEP_TOKENS / (PASSES * LENGTH))
-    prompt = min(PROMPT, text.shape[1], LENGTH - 1)
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(text), (samples,), generator=generator)
-    starts = torch.randint(text.shape[1] - prompt + 1, (samples, 1), generator=generator)
-    prompts = text[rows[:, None], starts + torch.arange(prompt)]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    first = torch.randint(vocabulary, (samples, 1), generator=torch.Generator().manual_seed(seed))
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         written = [
             model.generate(
                 part.to(model.device), attention_mask=torch.ones_like(part, device=model.device), do_sample=True,
-                temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LENGTH - prompt, eos_token_id=None, pad_token_id=0,
+                temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LENGTH - 1, eos_token_id=None, pad_token_id=0,
             ).cpu()
-            for part in torch.split(prompts, WRITTEN_AT_ONCE)
+            for part in torch.split(first, WRITTEN_AT_ONCE)
         ]  # fmt: skip
     return torch.cat(written)
 
@@ -130,7 +124,7 @@ def tune(
         optimizer = torch.optim.Adam(changes, betas=(0.9, 0.99))
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = RATE * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+                group["lr"] = RATE * min(1, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.zero_grad()
             _divergence(model, teacher, learnt[torch.arange(step * each, (step + 1) * each) % len(learnt)], learn=True)
             optimizer.step()
