@@ -61,6 +61,7 @@ VLLM = """
 import os, sys, time
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # what it says goes to standard error
+os.environ["VLLM_PLUGINS"] = ""  # awq_rt's may be installed there
 from vllm import LLM, SamplingParams
 model = LLM(sys.argv[1], dtype="bfloat16", max_model_len=1024, max_num_seqs=1, enable_prefix_caching=False)
 prompt, new = int(sys.argv[3]), int(sys.argv[4])
