@@ -103,6 +103,7 @@ def test_it_is_not_fused_and_says_so(llama: Path, tmp_path: Path) -> None:
 
 
 @on_a_cpu
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers by that name
 def test_an_adapter_learns_beside_offloaded_weights(llama: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     losses = []
