@@ -58,19 +58,10 @@ class Engine:
         return Engine(None, self.max_seq_len)  # a copied model has weights of its own
 
     def generate(
-        self,
-        ids: Tensor,
-        on_host: Tensor,
-        lengths: list[int],
-        sampler: Sampler,
-        criteria: Any,
-        pad: Tensor | None,
-        streamer: Any,
+        self, ids: Tensor, lengths: list[int], sampler: Sampler, criteria: Any, pad: Tensor | None, streamer: Any
     ) -> Tensor:
-        """`ids` [B, T], row b's last `lengths[b]` count -> [B, T + new]. Stops when `criteria` say so for every row.
-
-        `on_host` are the same ids: copied before the prompt is read, for which a copy would wait.
-        """
+        """`ids` [B, T], row b's last `lengths[b]` count -> [B, T + new]. Stops when `criteria` say so for every row."""
+        on_host = ids.cpu()  # after the prompt was sent to the device this would wait until it is read
         with self._lock:
             session = self._session_for(len(ids), max(lengths) + criteria.max_length - ids.shape[1])
             try:
@@ -144,10 +135,9 @@ class FusedGeneration:
             raise Unsupported("a mask may follow from the padding")
         else:
             lengths = [ids.shape[1]] * len(ids)
-        on_host = ids.cpu()
         if asked.streamer is not None:
-            asked.streamer.put(on_host)
-        return engine.generate(ids, on_host, lengths, prepared.sampler, criteria, prepared.pad, asked.streamer)
+            asked.streamer.put(ids.cpu())
+        return engine.generate(ids, lengths, prepared.sampler, criteria, prepared.pad, asked.streamer)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **more: Any
@@ -186,7 +176,7 @@ class FusedGeneration:
                 engine.requests.keep(asked.key, prepared)
         pad = generation_config._pad_token_tensor
         pad = None if pad is None else pad.cpu()
-        return engine.generate(input_ids, input_ids.cpu(), lengths, sampler, stopping_criteria, pad, streamer)
+        return engine.generate(input_ids, lengths, sampler, stopping_criteria, pad, streamer)
 
 
 _asked: contextvars.ContextVar[Request | None] = contextvars.ContextVar("awq_rt_asked", default=None)
