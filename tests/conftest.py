@@ -41,3 +41,13 @@ def llama(tmp_path: Path) -> Path:
 
     build(tmp_path / "llama", config_of("llama"))
     return tmp_path / "llama"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense Llama of two blocks; not to be written to."""
+    from dense import write_dense
+
+    folder = tmp_path_factory.mktemp("dense") / "llama"
+    write_dense(folder)
+    return folder

@@ -41,14 +41,6 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense Llama of two blocks; not to be written to."""
-    folder = tmp_path_factory.mktemp("dense") / "llama"
-    write_dense(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def quantized(dense: Path) -> Path:
     """The same in 4 bits; not to be written to."""
     out = dense.parent / "quantized"

@@ -34,14 +34,6 @@ def short() -> Any:
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense Llama of two blocks; not to be written to."""
-    folder = tmp_path_factory.mktemp("dense") / "llama"
-    write_dense(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def plain(dense: Path) -> Path:
     """It in 4 bits, as it is before it is tuned; not to be written to."""
     quantize(dense, dense.parent / "plain", **SETTINGS)

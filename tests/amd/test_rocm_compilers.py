@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ import simulated
 from awq_rt_rocm import hiprtc
 from awq_rt_rocm.launcher import HipLauncher
 from simulated import ARCHITECTURES, Machine, SimulatedBackend
-from test_rocm_host import DEBIAN_HIP
 from test_rocm_ops import argmax_excess, attention_excess, gated_excess, logits_excess, norm_excess
 
 from awq_rt.kernels.operators import Operators
@@ -84,19 +82,12 @@ def test_what_clang_19_makes_computes_the_same(second: Clang, machine: Machine, 
         assert check(machine, Operators(HipLauncher())) <= 1, check.__name__
 
 
-@pytest.mark.skipif(not DEBIAN_HIP.exists(), reason="Debian's libamdhip64-5 is not installed")
-def test_hiprtc_compiles_every_kernel(clang: Clang, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hiprtc_compiles_every_kernel(clang: Clang, debian_hiprtc: hiprtc.Hiprtc) -> None:
     """HIP 5.2 knows two of the targets; the fused operators are compiled for the one with waves of 64."""
-    (tmp_path / "lib").mkdir()
-    for name in ("libamdhip64.so", "libhiprtc.so"):
-        (tmp_path / "lib" / name).symlink_to(DEBIAN_HIP)
-    monkeypatch.setenv("ROCM_PATH", str(tmp_path))
-    compiler = hiprtc.Hiprtc()
-    assert compiler.version.endswith("of HIP 50221153")
     makers = (
-        lambda: list(rocm_resources.build(compiler, KINDS[0], "gfx90a")),
-        lambda: list(rocm_resources.build(compiler, KINDS[1], "gfx1030")),
-        lambda: list(rocm_resources.build_operators(compiler, True, "gfx90a")),
+        lambda: list(rocm_resources.build(debian_hiprtc, KINDS[0], "gfx90a")),
+        lambda: list(rocm_resources.build(debian_hiprtc, KINDS[1], "gfx1030")),
+        lambda: list(rocm_resources.build_operators(debian_hiprtc, True, "gfx90a")),
     )
     with ThreadPoolExecutor(2) as pool:
         tables = [pool.submit(make) for make in makers]

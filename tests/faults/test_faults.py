@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any
 import kills
 import pytest
 import torch
+from callers import PROMPTS, answers_of_threads
 from tiny import build, config_of
 
 import awq_rt
 
-PROMPTS = [[[5, 6, 7, 8]], [[9, 10]], [[3, 4, 5], [6, 7, 8]], [[11] * 9]]
 NEW_TOKENS = 12
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, sends signals, reads /proc")
@@ -55,18 +54,7 @@ def expected(folder: Path) -> list[list[list[int]]]:
 
 def test_eight_threads_share_a_model(folder: Path, expected: list[list[list[int]]]) -> None:
     model = awq_rt.load(folder, device="cpu")
-    found: dict[int, list[list[list[int]]]] = {}
-
-    def work(number: int) -> None:
-        order = range(number, number + len(PROMPTS))
-        made = {n % len(PROMPTS): answer(model, PROMPTS[n % len(PROMPTS)]) for n in (*order, *order)}
-        found[number] = [made[n] for n in range(len(PROMPTS))]
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = answers_of_threads(lambda prompt: answer(model, prompt), 8)
     assert found == dict.fromkeys(range(8), expected)
 
 
