@@ -71,7 +71,7 @@ def _go_on(model: Any, first: Tensor, generator: torch.Generator) -> Tensor:
         cache = found.past_key_values
         reached = found.logits[:, -1].float().softmax(-1).cumsum(-1)
         drawn = torch.rand(len(first), 1, generator=generator, device=model.device) * reached[:, -1:]
-        tokens.append(torch.searchsorted(reached, drawn, right=True))
+        tokens.append(torch.searchsorted(reached, drawn, right=True).clamp_max_(reached.shape[1] - 1))
     return torch.cat(tokens, 1)
 
 
