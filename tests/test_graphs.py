@@ -47,7 +47,10 @@ class Torch:
             self.stream = before
 
     @contextlib.contextmanager
-    def _capture(self, graph: object, pool: Any = None, stream: Any = None) -> Iterator[None]:
+    def _capture(
+        self, graph: object, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"  # else an allocation of another thread breaks it
         self.stream, self.generator_captures = "left behind", True
         if not self.can_capture:
             raise RuntimeError("capturing is not supported")

@@ -127,6 +127,30 @@ def test_written_text_depends_on_the_seed_alone() -> None:
     assert len(first[:, 0].unique()) > len(first) // 2
 
 
+def test_tokens_are_drawn_as_often_as_they_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pearson's statistic of 20,000 draws, whose mean is the degrees of freedom and its variance twice these."""
+    monkeypatch.setattr(tuning, "LENGTH", 2)
+    draws, model = 20_000, dense_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+        first = torch.full((draws, 1), 5)
+        likely = model(input_ids=first[:1]).logits[0, -1].softmax(-1)
+        drawn = tuning._go_on(model, first, torch.Generator().manual_seed(0))[:, 1]
+    counts = drawn.bincount(minlength=len(likely)).double()
+    common = draws * likely > 5  # rarer ones are counted together
+    gathered = [torch.cat([each[common], each[~common].sum(0, keepdim=True)]) for each in (counts, draws * likely)]
+
+    def statistic(expected: torch.Tensor) -> float:
+        return float(((gathered[0] - expected) ** 2 / expected).sum())
+
+    freedom = len(gathered[0]) - 1
+    bound = freedom + 5 * (2 * freedom) ** 0.5
+    assert freedom > 10
+    assert statistic(gathered[1]) < bound
+    flatter = gathered[1] ** 0.95
+    assert statistic(flatter * draws / flatter.sum()) > bound
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "opt"])
 def test_the_teachers_predictions_are_the_dense_models(family: str) -> None:
     model, tokens = dense_model(family), torch.tensor(some_tokens())

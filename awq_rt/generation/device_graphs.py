@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+_CAPTURING = threading.Lock()
+"""Held while a graph is captured: torch waits for the whole device before it does, which breaks another's capture."""
 
 
 class DeviceGraphs:
@@ -16,29 +20,41 @@ class DeviceGraphs:
     def __init__(self, device: torch.device):
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all: memory of a pool that a graph has freed serves only later ones of the same stream.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None] | None, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        reason = ""
         try:
-            # torch.cuda.graph leaves its stream current where the capture cannot be ended; the outer context does not.
-            with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                try:
-                    result = function()
-                except Exception as error:
-                    reason = str(error)  # ending a capture that this broke raises another error
-                    raise
+            with _CAPTURING:
+                result = self._captured(graph, function)
         except Exception as error:
-            _leave_capture(self._device, self._pool)
-            message = f"decoding runs without graphs, more slowly: capturing failed: {reason or error}"
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(f"decoding runs without graphs, more slowly: capturing failed: {error}", stacklevel=3)
             return None, function()
         # Before it captures, torch sets the random generator's offset to 0, on that stream. Where other programs use
         # the GPU too, that may come after the offset of the first replay, which then draws what was drawn before.
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
         graph.replay()
         return graph.replay, result
+
+    def _captured(self, graph: torch.cuda.CUDAGraph, function: Callable[[], Tensor]) -> Tensor:
+        """What `function` returns, its kernels in `graph`. Raises what broke the capture, and leaves it."""
+        broke: Exception | None = None
+        try:
+            # torch.cuda.graph leaves its stream current where the capture cannot be ended; the outer context does not.
+            # Other threads may allocate and copy meanwhile: only what this one does is of the capture.
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    return function()
+                except Exception as error:
+                    broke = error  # ending a capture that this broke raises another error
+                    raise
+        except Exception as error:
+            _leave_capture(self._device, self._pool)
+            raise broke or error from None
 
 
 def _leave_capture(device: torch.device, pool: tuple[int, int]) -> None:
@@ -52,7 +68,8 @@ def _leave_capture(device: torch.device, pool: tuple[int, int]) -> None:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     try:
         mark = torch.empty(1, device=device)
-        with torch.cuda.stream(stream), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        graph = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(stream), graph:
             mark.zero_()
     except RuntimeError:  # nothing can be captured here, so no graph needs the generator's state as it is
         generator = torch.cuda.default_generators[device.index]

@@ -92,7 +92,9 @@ def capturing(patch: pytest.MonkeyPatch, device: fake_hip.Device) -> Iterator[No
     """While active, `awq_rt.generation` captures its steps."""
 
     @contextlib.contextmanager
-    def graph(captured: Graph, pool: Any = None, stream: Any = None) -> Iterator[None]:
+    def graph(
+        captured: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
         hip = driver.runtime()
         mode = hip.hipStreamCaptureMode.hipStreamCaptureModeGlobal
         driver.checked(hip.hipStreamBeginCapture(fake_hip.STREAM, mode), "capturing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,11 @@ def test_a_model_is_compiled_as_one_graph(llama: Path) -> None:
 @pytest.mark.parametrize("home", ["cpu", "disk"])
 def test_a_layer_rests_elsewhere_and_computes_the_same(home: str, llama: Path, tmp_path: Path) -> None:
     places = {**FIRST_HALF, "model.layers.1": home}
+    gc.collect()
     before = torch.cuda.memory_allocated()
     whole = awq_rt.load(llama, device="cuda:0", dtype=torch.float16, fuse=False)
     taken = torch.cuda.memory_allocated() - before
+    gc.collect()
     before = torch.cuda.memory_allocated()
     model = from_pretrained(llama, places, offload_folder=tmp_path / "offload")
     away = {path: linear for path, linear in linears(model).items() if linear.execution_device is not None}
