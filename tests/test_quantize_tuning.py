@@ -132,7 +132,7 @@ def test_tokens_are_drawn_as_often_as_they_are_predicted(monkeypatch: pytest.Mon
     monkeypatch.setattr(tuning, "LENGTH", 2)
     draws, model = 20_000, dense_model("llama")
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)
+        model.lm_head.weight.mul_(5)
         first = torch.full((draws, 1), 5)
         likely = model(input_ids=first[:1]).logits[0, -1].softmax(-1)
         drawn = tuning._go_on(model, first, torch.Generator().manual_seed(0))[:, 1]
@@ -145,7 +145,7 @@ def test_tokens_are_drawn_as_often_as_they_are_predicted(monkeypatch: pytest.Mon
 
     freedom = len(gathered[0]) - 1
     bound = freedom + 5 * (2 * freedom) ** 0.5
-    assert freedom > 10
+    assert freedom > 50
     assert statistic(gathered[1]) < bound
     flatter = gathered[1] ** 0.95
     assert statistic(flatter * draws / flatter.sum()) > bound
