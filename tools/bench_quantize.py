@@ -140,11 +140,16 @@ def measure(arguments: dict[str, Any]) -> None:
     if arguments["random"]:  # no tokenizer: token ids
         shape = (arguments["samples"], arguments["length"])
         calibration = torch.randint(1000, 30000, shape, generator=torch.Generator().manual_seed(0)).tolist()
-    marks = [time.perf_counter()]
+    blocks: list[float] = []
+    steps: list[float] = []
+
+    def mark(what: str, done: int, total: int) -> None:
+        (steps if what == "tuning" else blocks).append(time.perf_counter())
+
     report = quantize(
         arguments["model"],
         arguments["out"],
-        progress=lambda what, done, total: marks.append(time.perf_counter()),
+        progress=mark,
         method=arguments["method"],
         calibration=calibration,
         group_size=arguments["group_size"],
@@ -159,10 +164,10 @@ def measure(arguments: dict[str, Any]) -> None:
     row = {
         "group_size": arguments["group_size"],
         "tokens": report.tokens,
-        **({} if report.tuning is None else {"tuning": asdict(report.tuning)}),
+        **({} if report.tuning is None else {"tuning": {**asdict(report.tuning), "seconds_per_step": apart(steps)}}),
         "seconds": round(seconds, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "seconds_per_block": round(statistics.median(late - early for early, late in itertools.pairwise(marks[2:])), 2),
+        "seconds_per_block": apart(blocks[1:]),  # before the first the text is read
         "device": report.device,
         "threads": torch.get_num_threads(),
         "peak_host_gb": round(status("VmHWM") / 1e9, 2),
@@ -170,6 +175,11 @@ def measure(arguments: dict[str, Any]) -> None:
         "peak_device_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2) if on_gpu else None,
     }
     click.echo(json.dumps(row))
+
+
+def apart(marks: list[float]) -> float:
+    """Seconds from one to the next, median."""
+    return round(statistics.median(late - early for early, late in itertools.pairwise(marks)), 2)
 
 
 def perplexities(model: str, texts: tuple[Path, ...], max_windows: int | None) -> dict[str, float]:
