@@ -47,6 +47,10 @@ def tuned(dense: Path) -> Path:
     return dense.parent / "tuned"
 
 
+def ignore(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -54,7 +58,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def divergence(family: str, folder: Path) -> float:
     """From the dense model's predictions to those of the checkpoint, in nats a token."""
     with torch.no_grad():
-        tokens = write_text(dense_model(family), STEPS, seed=99)
+        tokens = write_text(dense_model(family), STEPS, 99, ignore)
         expected = dense_model(family)(input_ids=tokens).logits.log_softmax(-1)
         found = awq_rt.load(folder, device="cpu")(input_ids=tokens).logits.float().log_softmax(-1)
     return float((expected.exp() * (expected - found)).sum(-1).mean())
@@ -89,6 +93,23 @@ def test_the_report_says_what_tuning_was_worth(tuned: Path) -> None:
     assert 0 < found["divergence_after"] < found["divergence_before"]
 
 
+def test_progress_is_told_of_every_part(dense: Path, tmp_path: Path) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+    quantize(
+        dense,
+        tmp_path / "out",
+        tuning=2,
+        progress=lambda what, *done: told.setdefault(what, []).append(done),
+        **SETTINGS,
+    )
+    for what in ("tuning: writing text", "tuning: reading it", "tuning"):
+        parts = [done for done, _ in told[what]]
+        assert parts == sorted(set(parts))
+        assert told[what][-1] == (parts[-1], parts[-1])
+    assert len(told["tuning: writing text"]) == LENGTH
+    assert len(told["tuning"]) == 2
+
+
 def test_a_tuning_that_does_harm_is_undone(
     dense: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +140,7 @@ def test_blocks_of_an_interrupted_tuning_serve_with_and_without_it(
 def test_written_text_depends_on_the_seed_alone() -> None:
     model = dense_model("llama")
     state = torch.get_rng_state()
-    first, again, other = (write_text(model, STEPS, seed) for seed in (0, 0, 1))
+    first, again, other = (write_text(model, STEPS, seed, ignore) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -135,8 +156,8 @@ def test_tokens_are_drawn_as_often_as_they_are_predicted(monkeypatch: pytest.Mon
         model.lm_head.weight.mul_(5)
         first = torch.full((draws, 1), 5)
         likely = model(input_ids=first[:1]).logits[0, -1].softmax(-1)
-        drawn = tuning._go_on(model, first, torch.Generator().manual_seed(0))[:, 1]
-    counts = drawn.bincount(minlength=len(likely)).double()
+        _, drawn = tuning._written(model, first, torch.Generator().manual_seed(0))
+    counts = drawn[:, 0].bincount(minlength=len(likely)).double()
     common = draws * likely > 5  # rarer ones are counted together
     gathered = [torch.cat([each[common], each[~common].sum(0, keepdim=True)]) for each in (counts, draws * likely)]
 
@@ -156,7 +177,7 @@ def test_the_teachers_predictions_are_the_dense_models(family: str) -> None:
     model, tokens = dense_model(family), torch.tensor(some_tokens())
     with torch.no_grad():
         expected = model(input_ids=tokens[[2, 5]]).logits
-    found = Teacher(model, tokens).logits(model, torch.tensor([2, 5]))
+    found = Teacher(model, tokens, ignore).logits(model, torch.tensor([2, 5]))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -144,7 +144,10 @@ def measure(arguments: dict[str, Any]) -> None:
     steps: list[float] = []
 
     def mark(what: str, done: int, total: int) -> None:
-        (steps if what == "tuning" else blocks).append(time.perf_counter())
+        if what == "tuning":
+            steps.append(time.perf_counter())
+        elif not what.startswith("tuning"):
+            blocks.append(time.perf_counter())
 
     report = quantize(
         arguments["model"],

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +191,8 @@ class _Run:
         """Tune the finished blocks together. They come behind the others in `store`, and are what is written."""
         settings, blocks = self.settings, self.model.blocks
         with self.model.whole() as model:
-            self.progress("writing text to tune with", 0, settings.tuning)
-            teacher = Teacher(model, write_text(model, settings.tuning, settings.seed))
+            text = write_text(model, settings.tuning, settings.seed, partial(self.progress, "tuning: writing text"))
+            teacher = Teacher(model, text, partial(self.progress, "tuning: reading it"))
             weights = []
             for number, (block, chosen) in enumerate(zip(blocks, self.packable, strict=True)):
                 stored = store.tensors(number)
@@ -205,7 +206,7 @@ class _Run:
                 ]
             tuned, report = tune(
                 model, weights, teacher, steps=settings.tuning, seed=settings.seed,
-                progress=lambda step: self.progress("tuning", step, settings.tuning),
+                progress=partial(self.progress, "tuning"),
             )  # fmt: skip
             remaining = iter(tuned)
             for number, (block, chosen) in enumerate(zip(blocks, self.packable, strict=True)):

@@ -25,6 +25,9 @@ from torch.nn.utils import parametrize
 from ..weights import AwqWeight
 from .report import TuningReport
 
+Done = Callable[[int, int], None]
+"""Told what was done, and of how much."""
+
 STEP_TOKENS = 1024
 """Tokens from which a step's gradient is taken."""
 
@@ -51,7 +54,7 @@ PASSES = 4
 
 
 @torch.no_grad()
-def write_text(model: Any, steps: int, seed: int) -> Tensor:
+def write_text(model: Any, steps: int, seed: int, progress: Done) -> Tensor:
     """int64 [samples, LENGTH], enough for `steps`, drawn from the dense `model`'s predictions.
 
     Every sample goes on from a random token.
@@ -60,34 +63,42 @@ def write_text(model: Any, steps: int, seed: int) -> Tensor:
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator(model.device).manual_seed(seed)
     first = torch.randint(vocabulary, (samples, 1), generator=generator, device=model.device)
-    return torch.cat([_go_on(model, part, generator).cpu() for part in torch.split(first, WRITTEN_AT_ONCE)])
+    written, done = [], 0
+    for part in torch.split(first, WRITTEN_AT_ONCE):
+        tokens = []
+        for token in _written(model, part, generator):
+            tokens.append(token)
+            done += len(token)
+            progress(done, samples * LENGTH)
+        written.append(torch.cat(tokens, 1).cpu())
+    return torch.cat(written)
 
 
-def _go_on(model: Any, first: Tensor, generator: torch.Generator) -> Tensor:
-    """[n, LENGTH] that begin with `first` [n, 1]. What `generate` does, but a token takes one random number."""
-    tokens, cache = [first], None
+def _written(model: Any, token: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """LENGTH times [n, 1], of which `token` is the first. What `generate` does, but a draw takes one random number."""
+    yield token
+    cache = None
     for _ in range(LENGTH - 1):
-        found = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
+        found = model(input_ids=token, past_key_values=cache, use_cache=True)
         cache = found.past_key_values
         reached = found.logits[:, -1].float().softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(first), 1, generator=generator, device=model.device) * reached[:, -1:]
-        tokens.append(torch.searchsorted(reached, drawn, right=True).clamp_max_(reached.shape[1] - 1))
-    return torch.cat(tokens, 1)
+        drawn = torch.rand(len(token), 1, generator=generator, device=token.device) * reached[:, -1:]
+        token = torch.searchsorted(reached, drawn, right=True).clamp_max_(reached.shape[1] - 1)
+        yield token
 
 
 class Teacher:
     """The dense model's predictions for `tokens` [n, length], kept as hidden states before the head."""
 
     @torch.no_grad()
-    def __init__(self, model: Any, tokens: Tensor):
+    def __init__(self, model: Any, tokens: Tensor, progress: Done):
         self.tokens = tokens
-        decoder = model.get_decoder()
-        self._states = torch.cat(
-            [
-                decoder(input_ids=part.to(model.device), use_cache=False).last_hidden_state.cpu()
-                for part in torch.split(tokens, samples_at_once(model, tokens.shape[1]))
-            ]
-        )
+        decoder, states, done = model.get_decoder(), [], 0
+        for part in torch.split(tokens, samples_at_once(model, tokens.shape[1])):
+            states.append(decoder(input_ids=part.to(model.device), use_cache=False).last_hidden_state.cpu())
+            done += len(part)
+            progress(done, len(tokens))
+        self._states = torch.cat(states)
 
     @torch.no_grad()
     def logits(self, model: Any, chosen: Tensor) -> Tensor:
@@ -111,12 +122,12 @@ def tune(
     *,
     steps: int,
     seed: int,
-    progress: Callable[[int], None],
+    progress: Done,
 ) -> tuple[list[AwqWeight], TuningReport]:
     """The linears' weights with tuned scales, and what it was worth; the norms of `model` are left tuned.
 
     `model` holds the quantised model: `weights` are its linears and what is stored of each. Where held-out samples are
-    not predicted better in the end, everything stays as it was. `progress` is called with the steps done.
+    not predicted better in the end, everything stays as it was.
     """
     length = teacher.tokens.shape[1]
     order = torch.randperm(len(teacher.tokens), generator=torch.Generator().manual_seed(seed))
@@ -131,7 +142,7 @@ def tune(
             optimizer.zero_grad()
             _divergence(model, teacher, learnt[torch.arange(step * each, (step + 1) * each) % len(learnt)], learn=True)
             optimizer.step()
-            progress(step + 1)
+            progress(step + 1, steps)
         after = _divergence(model, teacher, held_out)
         if not after < before:
             after = before
