@@ -50,7 +50,7 @@ LENGTH = 256
 """Tokens of a written sample."""
 
 PASSES = 4
-"""How often a sample is learnt from: writing one takes about as long as that."""
+"""How often a sample is learnt from: on a CPU writing one takes as long as learning from it once."""
 
 
 @torch.no_grad()
