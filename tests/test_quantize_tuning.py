@@ -148,6 +148,17 @@ def test_written_text_depends_on_the_seed_alone() -> None:
     assert len(first[:, 0].unique()) > len(first) // 2
 
 
+@pytest.mark.parametrize(("family", "heads"), [("llama", 2), ("qwen3_moe", 2), ("opt", 4), ("bloom", 4)])
+def test_samples_are_written_side_by_side_where_their_cache_fits(
+    family: str, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dense_model(family)
+    each = 2 * model.config.num_hidden_layers * heads * 16 * 4 * LENGTH  # heads of 16 numbers of 4 bytes
+    for room, samples in ((5 * each, 5), (6 * each - 1, 5), (each - 1, 1)):
+        monkeypatch.setattr(tuning, "CACHE_BYTES", room)
+        assert tuning.written_at_once(model) == samples
+
+
 def test_tokens_are_drawn_as_often_as_they_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pearson's statistic of 20,000 draws, whose mean is the degrees of freedom and its variance twice these."""
     monkeypatch.setattr(tuning, "LENGTH", 2)

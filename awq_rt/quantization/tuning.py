@@ -37,8 +37,8 @@ RATE = 2e-3
 WARM_UP = 0.1
 """Share of the steps in which the rate rises: Adam's first estimates of the gradient's size are poor."""
 
-WRITTEN_AT_ONCE = 256
-"""Samples that are written side by side."""
+CACHE_BYTES = 1 << 31
+"""Of keys and values, by which the samples are bounded that are written side by side."""
 
 HELD_OUT = 8
 """Samples that are not learnt from, and say what the tuning was worth."""
@@ -64,7 +64,7 @@ def write_text(model: Any, steps: int, seed: int, progress: Done) -> Tensor:
     generator = torch.Generator(model.device).manual_seed(seed)
     first = torch.randint(vocabulary, (samples, 1), generator=generator, device=model.device)
     written, done = [], 0
-    for part in torch.split(first, WRITTEN_AT_ONCE):
+    for part in torch.split(first, written_at_once(model)):
         tokens = []
         for token in _written(model, part, generator):
             tokens.append(token)
@@ -85,6 +85,14 @@ def _written(model: Any, token: Tensor, generator: torch.Generator) -> Iterator[
         drawn = torch.rand(len(token), 1, generator=generator, device=token.device) * reached[:, -1:]
         token = torch.searchsorted(reached, drawn, right=True).clamp_max_(reached.shape[1] - 1)
         yield token
+
+
+@torch.no_grad()
+def written_at_once(model: Any) -> int:
+    """How many samples of LENGTH tokens have at most `CACHE_BYTES` of keys and values, as a token's say."""
+    cache = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True).past_key_values
+    held = (value.nbytes for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor))
+    return max(1, CACHE_BYTES // (sum(held) * LENGTH))
 
 
 class Teacher:
