@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from awq_rt.generation import device_graphs
 from awq_rt.generation.device_graphs import DeviceGraphs
 from awq_rt.generation.graphs import Graphs
 
@@ -51,6 +54,7 @@ class Torch:
         self, graph: object, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
     ) -> Iterator[None]:
         assert capture_error_mode == "thread_local"  # else an allocation of another thread breaks it
+        assert device_graphs._BUSY.locked()  # else another capture does
         self.stream, self.generator_captures = "left behind", True
         if not self.can_capture:
             raise RuntimeError("capturing is not supported")
@@ -101,6 +105,42 @@ def test_a_broken_capture_says_what_broke_it_and_leaves_nothing(monkeypatch: pyt
     assert fake.is_as_before
     assert made.run("key", function) == 3.0
     assert calls[3:] == [False]
+
+
+def test_an_interrupt_of_a_capture_is_no_failure_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, made = Torch(monkeypatch), graphs()
+
+    def function() -> Tensor:
+        if fake.generator_captures:
+            fake.broken = True
+            raise KeyboardInterrupt
+        return torch.tensor(3.0)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_twice(made, function)
+    assert fake.is_as_before
+    assert not device_graphs._BUSY.locked()
+
+
+def test_a_capture_that_failed_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Python's collector of cycles: what a function holds is a model's memory."""
+    fake, made, held = Torch(monkeypatch), graphs(), torch.tensor(3.0)
+
+    def function(held: Tensor = held) -> Tensor:
+        if fake.generator_captures:
+            fake.broken = True
+            raise ValueError("a copy to the host waits")
+        return held + 1
+
+    watched = weakref.ref(held)
+    gc.disable()
+    try:
+        with pytest.warns(UserWarning, match="capturing failed"):
+            run_twice(made, function)
+        del function, held
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 def test_a_capture_that_fails_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,7 @@ def measure(arguments: dict[str, Any]) -> None:
         **({} if report.tuning is None else {"tuning": {**asdict(report.tuning), "seconds_per_step": apart(steps)}}),
         "seconds": round(seconds, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "seconds_per_block": apart(blocks[1:]),  # before the first the text is read
+        "seconds_per_block": apart(blocks[1:]),  # the first mark is of the text
         "device": report.device,
         "threads": torch.get_num_threads(),
         "peak_host_gb": round(status("VmHWM") / 1e9, 2),
@@ -180,9 +180,13 @@ def measure(arguments: dict[str, Any]) -> None:
     click.echo(json.dumps(row))
 
 
-def apart(marks: list[float]) -> float:
-    """Seconds from one to the next, median."""
-    return round(statistics.median(late - early for early, late in itertools.pairwise(marks)), 2)
+def apart(marks: list[float]) -> float | None:
+    """Seconds from one to the next, median; None where there is one only."""
+    return (
+        None
+        if len(marks) < 2
+        else round(statistics.median(late - early for early, late in itertools.pairwise(marks)), 2)
+    )
 
 
 def perplexities(model: str, texts: tuple[Path, ...], max_windows: int | None) -> dict[str, float]:

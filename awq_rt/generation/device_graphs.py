@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_CAPTURING = threading.Lock()
-"""Held while a graph is captured: torch waits for the whole device before it does, which breaks another's capture."""
+_BUSY = threading.Lock()
+"""Held while a graph is captured or launched. Before torch captures it waits for the whole device, which breaks another
+thread's capture, and until it has captured the device's random generator refuses every replay."""
 
 
 class DeviceGraphs:
@@ -25,36 +26,50 @@ class DeviceGraphs:
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None] | None, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        try:
-            with _CAPTURING:
-                result = self._captured(graph, function)
-        except Exception as error:
-            warnings.warn(f"decoding runs without graphs, more slowly: capturing failed: {error}", stacklevel=3)
-            return None, function()
-        # Before it captures, torch sets the random generator's offset to 0, on that stream. Where other programs use
-        # the GPU too, that may come after the offset of the first replay, which then draws what was drawn before.
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        graph.replay()
-        return graph.replay, result
 
-    def _captured(self, graph: torch.cuda.CUDAGraph, function: Callable[[], Tensor]) -> Tensor:
-        """What `function` returns, its kernels in `graph`. Raises what broke the capture, and leaves it."""
-        broke: Exception | None = None
+        def replay() -> None:
+            with _BUSY:
+                graph.replay()
+
+        with _BUSY:
+            result = self._captured(graph, function)
+        if isinstance(result, str):
+            warnings.warn(f"decoding runs without graphs, more slowly: capturing failed: {result}", stacklevel=3)
+            return None, function()
+        replay()
+        return replay, result
+
+    def _captured(self, graph: torch.cuda.CUDAGraph, function: Callable[[], Tensor]) -> Tensor | str:
+        """What `function` returns, its kernels in `graph`; or what broke the capture, which has been left."""
+        # Ending a capture that is broken raises another error. What broke it is kept as a text: an exception that is
+        # raised while another is handled makes a cycle with it, and with the model.
+        reason, interrupt = "", None
         try:
             # torch.cuda.graph leaves its stream current where the capture cannot be ended; the outer context does not.
-            # Other threads may allocate and copy meanwhile: only what this one does is of the capture.
+            # Other threads may allocate and copy meanwhile, but not draw: only what this one does is of the capture.
             with (
                 torch.cuda.stream(self._stream),
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 try:
-                    return function()
+                    result = function()
                 except Exception as error:
-                    broke = error  # ending a capture that this broke raises another error
+                    reason = str(error)
                     raise
-        except Exception as error:
+                except BaseException as error:
+                    interrupt = error
+                    raise
+        except BaseException as error:
             _leave_capture(self._device, self._pool)
-            raise broke or error from None
+            if interrupt is not None:
+                raise interrupt from None
+            if not isinstance(error, Exception):
+                raise
+            return reason or str(error)
+        # Before it captures, torch sets the generator's offset to 0, on that stream. Where other programs use the GPU
+        # too, that may come after the offset of the first replay, which then draws what was drawn before.
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return result
 
 
 def _leave_capture(device: torch.device, pool: tuple[int, int]) -> None:

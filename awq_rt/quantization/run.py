@@ -57,7 +57,7 @@ def quantize(
     list of strings or token ids. `device` defaults to a GPU where there is one. Memory holds one block and the
     calibration's hidden states; with `tuning` the whole model in float32 in the end. Finished blocks are kept beside
     `out`: the same call takes an interrupted run up again, `restart` begins anew. `progress` is called with (what is
-    done, blocks or steps done, and in all).
+    done, how much of it, and of how much).
 
     A transformers model in memory is written beside `out` first, with `tokenizer`, and always begun anew.
 
@@ -86,6 +86,7 @@ def quantize(
         reports, resumed = run.blocks(store, text)
         tuning = run.tune(store, reports) if chosen.tuning else None
     config = run.config()
+    run.progress("writing", len(reports), len(reports))
     write_checkpoint(
         destination, run.tensors(store), config, beside=source.source, force=force, max_shard_bytes=max_shard_bytes
     )
@@ -184,7 +185,6 @@ class _Run:
                     if hidden is not None and not last:
                         self._advance(block, number, store, calls[number], hidden)
             reports.append(report)
-        self.progress("writing", len(self.model.blocks), len(self.model.blocks))
         return reports, resumed
 
     def tune(self, store: Store, reports: list[BlockReport]) -> TuningReport:

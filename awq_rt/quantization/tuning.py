@@ -92,7 +92,7 @@ def written_at_once(model: Any) -> int:
     """How many samples of LENGTH tokens have at most `CACHE_BYTES` of keys and values, as a token's say."""
     cache = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True).past_key_values
     held = (value.nbytes for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor))
-    return max(1, CACHE_BYTES // (sum(held) * LENGTH))
+    return max(1, CACHE_BYTES // max(1, sum(held) * LENGTH))
 
 
 class Teacher:
@@ -209,8 +209,10 @@ def _divergence(model: Any, teacher: Teacher, chosen: Tensor, *, learn: bool = F
 
 def _bfloat16(model: Any) -> bool:
     """Whether the model's device multiplies bfloat16 quicker than float32. Gradients need no more."""
+    if model.device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases do not say
-    return model.device.type != "cpu" or any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def samples_at_once(model: Any, length: int) -> int:

@@ -18,6 +18,7 @@ import torch
 from awq_rt_rocm import driver
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from awq_rt.generation import device_graphs
 from awq_rt.generation.device_graphs import DeviceGraphs
 from awq_rt.generation.graphs import Graphs
 
@@ -31,6 +32,7 @@ class Graph:
     executable: Any = None
 
     def replay(self) -> None:
+        assert device_graphs._BUSY.locked()  # else another thread may be capturing
         driver.checked(driver.runtime().hipGraphLaunch(self.executable, fake_hip.STREAM), "launching a graph")
 
 
