@@ -182,11 +182,8 @@ def measure(arguments: dict[str, Any]) -> None:
 
 def apart(marks: list[float]) -> float | None:
     """Seconds from one to the next, median; None where there is one only."""
-    return (
-        None
-        if len(marks) < 2
-        else round(statistics.median(late - early for early, late in itertools.pairwise(marks)), 2)
-    )
+    seconds = [late - early for early, late in itertools.pairwise(marks)]
+    return round(statistics.median(seconds), 2) if seconds else None
 
 
 def perplexities(model: str, texts: tuple[Path, ...], max_windows: int | None) -> dict[str, float]:
