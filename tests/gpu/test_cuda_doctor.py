@@ -102,7 +102,7 @@ with warnings.catch_warnings(record=True) as caught:
 tokens = torch.arange(3, 19, device="cuda:0")[None]
 print(json.dumps({
     "served": sorted({m.backend_name for m in model.modules() if isinstance(m, AwqLinear)}),
-    "warnings": [str(w.message) for w in caught if "another backend serves it" in str(w.message)],
+    "warnings": [text for w in caught if "another backend serves it" in (text := str(w.message))],
     "logits": model(tokens).logits.float().tolist(),
 }))
 """
@@ -120,6 +120,7 @@ def test_a_kernel_that_is_wrong_for_one_group_size_gives_way_when_a_model_loads(
     wrong = loaded(llama, site=site_with_fault(tmp_path, "(byte & (GROUP_SIZE == 32 ? 7u : 15u))"))
     assert wrong["served"] == ["reference"]
     (warning,) = wrong["warnings"]
+    assert "AWQ-BACKEND-020" in warning
     assert "backend 'cuda' computes a linear of " in warning
     assert "times the bound; another backend serves it" in warning
     assert wrong["logits"] == loaded(llama, "reference")["logits"]
